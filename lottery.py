@@ -1,0 +1,2018 @@
+# SPDX-License-Identifier: MIT
+"""Lottery tickets and sparse training for generative models, in one file.
+
+Result   @@RESULT@@
+Contents 1. DATA  2. MODELS  3. MASKS  4. OBJECTIVES  5. TRAINING  6. DYNAMIC SPARSE TRAINING
+         7. METRICS  8. COMMAND LINE                                       (search for "# 3. MASKS")
+Legend   B batch   c image channels   S side of an image, pixels   w width   z latent size
+         G generator   D discriminator   m mask, 1 = keep   d density, share of weights kept, 0..1
+         images are in [-1, 1] in networks, uint8 in memory; a step is one update of G
+
+Run      python lottery.py                                    DDST on built-in pictures, minutes on a CPU
+         python lottery.py --method ddst --dataset celeba     the paper's size: for a GPU
+Papers   Wang et al., Balanced Training for Sparse GANs, NeurIPS 2023, arXiv 2302.14670
+         Evci et al., Rigging the Lottery, ICML 2020, arXiv 1911.11134 (RigL, ERK)
+         Kalibhat et al., Winning Lottery Tickets in Deep Generative Models, AAAI 2021, arXiv 2010.02350
+"""
+import argparse
+import concurrent.futures
+import contextlib
+import copy
+import csv
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ==================================================================================================
+# 1. DATA: every image set becomes one uint8 tensor (N, C, H, W) in memory. A batch is a function of
+#    (seed, position), so there is no loader to save, to restart or to wait for.
+
+DATASETS = {                  # native size, channels, may be mirrored (a mirrored 7 is not a 7)
+    "shapes":        dict(size=32, channels=3, flip=False),
+    "mnist":         dict(size=32, channels=1, flip=False),
+    "fashion_mnist": dict(size=32, channels=1, flip=False),
+    "cifar10":       dict(size=32, channels=3, flip=True),
+    "stl10":         dict(size=48, channels=3, flip=True),
+    "celeba":        dict(size=64, channels=3, flip=True),
+    "folder":        dict(size=64, channels=3, flip=True),     # any path that is a folder of images
+}
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+def rng(seed, step, purpose, k=0):
+    """A fresh CPU generator for one draw: randomness is a function of (seed, step, purpose, k).
+
+    Nothing here draws from torch's global generator. That is why a run that was cut off needs no
+    random state to continue, why evaluating more often changes no weight, and why a CPU and a GPU
+    see the same batches. sha256 and not hash(): Python salts hash() anew in every process.
+    """
+    digest = hashlib.sha256(f"{seed}/{step}/{purpose}/{k}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def import_torchvision():
+    """torchvision, imported where it is used (it takes a second) and beside a CPU-only torch too.
+
+    PyPI's torchvision for Linux is built for CUDA. Beside a CPU build of torch its compiled part
+    does not load, and the import fails on two operators that nobody here calls: "operator
+    torchvision::nms does not exist". Declaring their signatures is enough.
+    """
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision
+        torchvision.declared = library          # a Library that is collected takes its operators along
+    return torchvision
+
+
+def shapes(count, size=32, seed=0):
+    """`count` pictures of one large bright circle, square or triangle on a dark ground.
+
+    Returns uint8 images (count, 3, size, size) and labels (count,): 0 circle, 1 square, 2 triangle.
+    Image i depends on (seed, i) alone. Edges are soft over a pixel, as in a photograph: a hard edge
+    is a texture that the discriminator reads and the generator cannot draw.
+    """
+    draws = torch.from_numpy(np.random.default_rng(seed).random((count, 8), dtype=np.float32))
+    grid = (torch.arange(size) + 0.5) / size * 2 - 1                                  # (S,)
+    y, x = grid.view(1, -1, 1), grid.view(1, 1, -1)                                   # (1, S, 1), (1, 1, S)
+    images, labels = torch.empty(count, 3, size, size, dtype=torch.uint8), (draws[:, 0] * 3).long()
+    for rows in torch.arange(count).split(1000):
+        _, cx, cy, radius, hue, glow, ground, _ = (d.view(-1, 1, 1) for d in draws[rows].T)
+        u, v, r = x - (cx - 0.5) * 0.4, y - (cy - 0.5) * 0.4, 0.5 + 0.15 * radius     # (b, S, S), (b, 1, 1)
+        circle = r - (u * u + v * v).sqrt()                                           # > 0 inside
+        square = 0.85 * r - torch.maximum(u.abs(), v.abs())
+        triangle = torch.minimum(0.6 * r - v, 0.5 * (v + r) - 0.87 * u.abs())         # tip up
+        kind = labels[rows].view(-1, 1, 1)
+        inside = torch.where(kind == 0, circle, torch.where(kind == 1, square, triangle))
+        cover = (inside * size / 2 + 0.5).clamp(0, 1).unsqueeze(1)                    # (b, 1, S, S)
+        phase = hue.unsqueeze(1) + torch.tensor([0, 1 / 3, 2 / 3]).view(1, 3, 1, 1)
+        color = (0.8 + 0.2 * glow.unsqueeze(1)) * (0.6 + 0.4 * torch.cos(2 * math.pi * phase))
+        picture = cover * color + (1 - cover) * 0.15 * ground.unsqueeze(1)            # (b, 3, S, S) in 0..1
+        images[rows] = (picture * 255).round().to(torch.uint8)
+    return images, labels
+
+
+def list_images(folder):
+    """Sorted image paths anywhere below `folder`; ValueError when there is none."""
+    found = sorted(path for path in Path(folder).rglob("*")
+                   if path.suffix.lower() in IMAGE_ENDINGS and path.is_file())
+    if not found:
+        raise ValueError(f"no image below {folder}; put files ending in {' '.join(IMAGE_ENDINGS)} there")
+    return found
+
+
+def decode_folder(folder, size, crop=None):
+    """All images below `folder` as uint8 (N, 3, size, size): centre square, at most `crop` pixels, resized.
+
+    A file that cannot be read is named, skipped and counted. From 1,000 images on the result is
+    kept beside the folder as NAME-SIZE-DIGEST.npy. The digest is of the listing (names, lengths,
+    times), so a changed folder is decoded again and an old cache is never mistaken for it.
+    """
+    from PIL import Image, ImageOps             # comes with torchvision
+
+    def decode(path):
+        try:
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image).convert("RGB")
+                side = min(crop or max(image.size), *image.size)
+                left, top = ((length - side) // 2 for length in image.size)
+                return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR,
+                                               box=(left, top, left + side, top + side)))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return f"skipped {path}: {error}"
+
+    folder, paths = Path(folder).resolve(), list_images(folder)
+    listing = "\n".join(f"{p.relative_to(folder)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in paths)
+    digest = hashlib.sha256(f"{crop}\n{listing}".encode()).hexdigest()[:12]
+    cache = folder.parent / f"{folder.name}-{size}-{digest}.npy"
+    try:
+        images = np.load(cache, allow_pickle=False)
+    except (OSError, ValueError, EOFError):     # not there, or cut off: decode
+        with concurrent.futures.ThreadPoolExecutor() as pool:        # PIL decodes outside Python's lock
+            decoded = list(pool.map(decode, paths))
+        for line in (d for d in decoded if isinstance(d, str)):
+            print(line, file=sys.stderr)
+        images = [d for d in decoded if not isinstance(d, str)]
+        if not images:
+            raise ValueError(f"none of the {len(paths)} images below {folder} can be read")
+        images = np.stack(images).transpose(0, 3, 1, 2)
+        if len(paths) >= 1000:
+            with contextlib.suppress(OSError):  # a folder that cannot be written to: decode every time
+                write_atomically(cache, lambda file: np.save(file, images))
+    if len(images) < len(paths):
+        print(f"{len(paths) - len(images)} of {len(paths)} images below {folder} cannot be read and are left out")
+    return torch.from_numpy(np.ascontiguousarray(images))
+
+
+def write_atomically(path, write):
+    """`write(file)` under a temporary name, flushed to disk, then renamed: a reader sees the old file
+    or the new one, never a part, whenever the process is killed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def resize(images, size):
+    """uint8 (N, C, H, W) to (N, C, size, size), antialiased bilinear; the same tensor when it fits."""
+    if images.shape[-2:] == (size, size):
+        return images
+    small = [F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round().to(torch.uint8)
+             for part in images.split(1000)]
+    return torch.cat(small)
+
+
+def load_images(name, root="data", size=None, train=True, at_least=1):
+    """uint8 images (N, C, size, size) and int64 labels (N,) of the training or the held-out part.
+
+    name   one of DATASETS, or the path of a folder of images (labels are then all 0)
+    root   where the sets lie, in torchvision's folder layout; sets that torchvision can fetch are fetched
+    CelebA and plain folders have no test part here: the last 10 % of a seeded permutation are held out.
+    ValueError when the data are missing, or fewer than `at_least` (said before anything is decoded).
+    """
+    size = size or DATASETS.get(name, DATASETS["folder"])["size"]
+    if name == "shapes":
+        return shapes(10_000, size, seed=0) if train else shapes(2_000, size, seed=1)
+    if name in DATASETS and name not in ("celeba", "folder"):
+        return load_torchvision_set(name, Path(root), size, train)
+    folder = Path(root) / "celeba" / "img_align_celeba" if name == "celeba" else Path(name)
+    if not folder.is_dir():
+        where = (f"unzip CelebA's img_align_celeba.zip there (mmlab.ie.cuhk.edu.hk/projects/CelebA.html) or name "
+                 f"another --data" if name == "celeba" else
+                 f"--dataset takes {', '.join(n for n in DATASETS if n != 'folder')} or the path of a folder of images")
+        raise ValueError(f"no folder {folder}; {where}")
+    count = len(list_images(folder))
+    if count - count // 10 < at_least:
+        raise ValueError(f"{folder} has {count} images, {count - count // 10} of them to train on; "
+                         f"a batch takes {at_least}. Add images or pass a smaller --batch-size")
+    images = decode_folder(folder, size, crop=178 if name == "celeba" else None)
+    order = torch.randperm(len(images), generator=rng(0, 0, "held-out split"))
+    held_out = len(images) // 10
+    chosen = order[:len(images) - held_out] if train else order[len(images) - held_out:]
+    return images[chosen], torch.zeros(len(chosen), dtype=torch.int64)
+
+
+def load_torchvision_set(name, root, size, train):
+    """MNIST, Fashion-MNIST, CIFAR-10 and STL-10 by torchvision's own classes, as load_images returns them."""
+    datasets = import_torchvision().datasets
+    kind, where = {"mnist": (datasets.MNIST, "MNIST/raw/"), "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST/raw/"),
+                   "cifar10": (datasets.CIFAR10, "cifar-10-batches-py/"), "stl10": (datasets.STL10, "stl10_binary/")}[name]
+    # STL-10's generators train on its 100,000 unlabelled images (Wang et al. 2023).
+    part = dict(split="unlabeled" if train else "test") if name == "stl10" else dict(train=train)
+    missing = [folder for folder in (root / where, (root / where).parent, root) if not folder.exists()]
+    try:
+        try:
+            data = kind(root, download=False, **part)
+        except RuntimeError:                    # torchvision's word for "not there or damaged"
+            data = kind(root, download=True, **part)
+    except (OSError, RuntimeError) as error:    # URLError is an OSError
+        for folder in missing:                  # torchvision makes folders before it knows
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise ValueError(f"{name} is not in {root} and cannot be fetched ({error}); "
+                         f"put its files into {root / where} or name another --data") from None
+    images = torch.as_tensor(data.data)
+    if images.dim() == 3:                       # (N, 28, 28): a black frame of 2 makes 32, a power of 2
+        images = F.pad(images.unsqueeze(1), (2, 2, 2, 2))
+    elif images.shape[-1] == 3:                 # CIFAR-10 is (N, H, W, 3)
+        images = images.permute(0, 3, 1, 2)
+    labels = data.labels if name == "stl10" else data.targets
+    return resize(images.contiguous(), size), torch.as_tensor(labels).long()
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(count, epoch, seed):
+    """The seeded permutation of 0..count-1 that epoch number `epoch` goes through."""
+    return torch.randperm(count, generator=rng(seed, epoch, "order"))
+
+
+def batch(images, position, size, seed, flip=False, device=None):
+    """Images [position, position + size) of one endless stream of shuffled epochs, in [-1, 1].
+
+    images (N, C, H, W) uint8 -> (size, C, H, W) float32 on `device`. Every batch is full: one that
+    begins at the end of an epoch goes on into the next.
+    """
+    parts, place, left = [], position, size
+    while left:
+        epoch, start = divmod(place, len(images))
+        parts.append(epoch_order(len(images), epoch, seed)[start:start + left])
+        place, left = place + len(parts[-1]), left - len(parts[-1])
+    index = torch.cat(parts).to(images.device)
+    real = images[index].to(device or images.device).float().div_(127.5).sub_(1)
+    if flip:
+        mirrored = torch.rand(size, 1, 1, 1, generator=rng(seed, position, "flip")) < 0.5
+        real = torch.where(mirrored.to(real.device), real.flip(-1), real)
+    return real
+
+
+def to_uint8(images):
+    """[-1, 1] to 0..255, rounded: what a picture file holds, and what every metric here looks at."""
+    return images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+
+def latents(count, z, seed, step, purpose, k=0, device="cpu"):
+    """(count, z) standard normal latents; drawn on the CPU so that every device sees the same."""
+    return torch.randn(count, z, generator=rng(seed, step, purpose, k)).to(device)
+
+
+# ==================================================================================================
+# 2. MODELS: two families of trunks, each an encoder (also: discriminator) and a decoder (also:
+#    generator), at 32, 48 and 64 pixels. The class and the names inside are the same in every role,
+#    so a ticket of one can be tried in the other.
+
+MODELS = {   # objective and defaults; --width multiplies every channel count
+    "sngan":        dict(objective="hinge", optimizer="adam", lr=2e-4, betas=(0.0, 0.9), n_critic=5, g_batches=2,
+                         ema=0.999, z=128, clip=0.0, steps=100_000, batch_size=64),       # Wang et al. 2023
+    "dcgan":        dict(objective="non-saturating", optimizer="adam", lr=2e-4, betas=(0.5, 0.999), n_critic=1,
+                         g_batches=1, ema=0.0, z=64, clip=0.0, steps=50_000, batch_size=64),   # Radford 2016
+    "wgan":         dict(objective="wasserstein", optimizer="rmsprop", lr=5e-5, betas=(0.0, 0.99), n_critic=5,
+                         g_batches=1, ema=0.0, z=64, clip=0.01, steps=100_000, batch_size=64),  # Arjovsky 2017
+    "resnet_dcgan": dict(objective="non-saturating", optimizer="adam", lr=2e-4, betas=(0.5, 0.999), n_critic=1,
+                         g_batches=1, ema=0.0, z=128, clip=0.0, steps=50_000, batch_size=64),
+}   # wgan and resnet_dcgan are reconstructions: Kalibhat et al. 2021 train them but give no layer lists
+
+
+class Encoder(nn.Module):
+    """Strided convolutions, image to vector: c-w-2w-4w-8w by 4/2/1, then one as large as what is left.
+
+    (B, channels, size, size) -> (B, out). `leaky` is the slope for negative inputs: .2 as a
+    discriminator, 0 (ReLU) as an encoder. Batch norm after every convolution but the head.
+    """
+
+    def __init__(self, size, channels, width, out, leaky=0.0):
+        super().__init__()
+        widths = [channels, width, 2 * width, 4 * width, 8 * width]
+        self.leaky = leaky
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in zip(widths, widths[1:]))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths[1:])
+        self.head = nn.Conv2d(8 * width, out, size // 16)
+
+    def forward(self, x):                                    # (B, c, S, S)
+        for conv, norm in zip(self.convs, self.norms):
+            x = F.leaky_relu(norm(conv(x)), self.leaky)      # (B, w..8w, S/2..S/16, S/2..S/16)
+        return self.head(x).flatten(1)                       # (B, out)
+
+
+class Decoder(nn.Module):
+    """The mirror of Encoder, vector to image: (B, z) -> (B, channels, size, size) in [-1, 1]."""
+
+    def __init__(self, size, channels, width, z):
+        super().__init__()
+        widths = [8 * width, 4 * width, 2 * width, width, channels]
+        self.z = z
+        self.stem = nn.ConvTranspose2d(z, 8 * width, size // 16)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(a) for a in widths[:-1])
+        self.convs = nn.ModuleList(nn.ConvTranspose2d(a, b, 4, 2, 1) for a, b in zip(widths, widths[1:]))
+
+    def forward(self, z):                                    # (B, z)
+        x = self.stem(z[:, :, None, None])                   # (B, 8w, S/16, S/16)
+        for norm, conv in zip(self.norms, self.convs):
+            x = conv(F.relu(norm(x)))                        # (B, 4w..c, S/8..S, S/8..S)
+        return x.tanh()
+
+
+class UpBlock(nn.Module):
+    """BN-ReLU-up-conv-BN-ReLU-conv beside up-1x1 conv; doubles the side. Miyato et al. 2018."""
+
+    def __init__(self, cin, cout):
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(cin), nn.BatchNorm2d(cout)
+        self.conv1, self.conv2 = nn.Conv2d(cin, cout, 3, padding=1), nn.Conv2d(cout, cout, 3, padding=1)
+        self.shortcut = nn.Conv2d(cin, cout, 1)
+
+    def forward(self, x):                                    # (B, cin, s, s) -> (B, cout, 2s, 2s)
+        h = self.conv1(F.interpolate(F.relu(self.norm1(x)), scale_factor=2))
+        h = self.conv2(F.relu(self.norm2(h)))
+        return h + self.shortcut(F.interpolate(x, scale_factor=2))
+
+
+class DownBlock(nn.Module):
+    """[norm]-ReLU-conv-[norm]-ReLU-conv-pool beside a 1x1 conv; halves the side when `down`.
+
+    The first block sees the image: nothing stands before its first convolution, and its shortcut
+    pools before the 1x1 (a third of the work; elsewhere the 1x1 comes first, as published).
+    """
+
+    def __init__(self, cin, cout, down, first, batch_norm):
+        super().__init__()
+        self.down, self.first = down, first
+        self.norm1 = nn.BatchNorm2d(cin) if batch_norm and not first else nn.Identity()
+        self.norm2 = nn.BatchNorm2d(cout) if batch_norm else nn.Identity()
+        self.conv1, self.conv2 = nn.Conv2d(cin, cout, 3, padding=1), nn.Conv2d(cout, cout, 3, padding=1)
+        self.shortcut = nn.Conv2d(cin, cout, 1) if down or cin != cout else nn.Identity()
+
+    def forward(self, x):                                    # (B, cin, s, s) -> (B, cout, s/2, s/2)
+        h = self.conv1(x if self.first else F.relu(self.norm1(x)))
+        h = self.conv2(F.relu(self.norm2(h)))
+        if not self.down:
+            return h + self.shortcut(x)
+        side = self.shortcut(F.avg_pool2d(x, 2)) if self.first else F.avg_pool2d(self.shortcut(x), 2)
+        return F.avg_pool2d(h, 2) + side
+
+
+def res_widths(size, width):
+    """Channels of the SNGAN trunks at `size`: generator's, discriminator's, and which blocks halve."""
+    if size == 32:
+        g, d, down = [256] * 4, [128] * 4, [True, True, False, False]
+    else:                                     # 48 and 64 share a discriminator; 64 has one more up-block
+        g = [512, 256, 128, 64] if size == 48 else [1024, 512, 256, 128, 64]
+        d, down = [64, 128, 256, 512, 1024], [True] * 5
+    scaled = [[max(1, round(width * channels)) for channels in row] for row in (g, d)]
+    return *scaled, down
+
+
+class ResDecoder(nn.Module):
+    """SNGAN's generator: linear to a 4x4 (48: 6x6) map, up-blocks, BN-ReLU-conv, tanh.
+
+    (B, z) -> (B, channels, size, size). `width` multiplies the channels: at 1 it has the paper's
+    4,276,739 parameters at 32 pixels and 4,878,083 at 48 (Wang et al. 2023; Miyato et al. 2018).
+    """
+
+    def __init__(self, size, channels, width, z):
+        super().__init__()
+        widths, _, _ = res_widths(size, width)
+        self.z, self.bottom = z, size >> (len(widths) - 1)
+        self.stem = nn.Linear(z, widths[0] * self.bottom ** 2)
+        self.blocks = nn.ModuleList(UpBlock(a, b) for a, b in zip(widths, widths[1:]))
+        self.norm = nn.BatchNorm2d(widths[-1])
+        self.head = nn.Conv2d(widths[-1], channels, 3, padding=1)
+
+    def forward(self, z):                                                       # (B, z)
+        x = self.stem(z).view(len(z), -1, self.bottom, self.bottom)             # (B, w, 4, 4)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(F.relu(self.norm(x))).tanh()                           # (B, c, S, S)
+
+
+class ResEncoder(nn.Module):
+    """SNGAN's discriminator trunk: down-blocks, ReLU, pool over space, linear. No norm of its own, or
+    batch norm; `build` puts spectral norm on it. (B, channels, size, size) -> (B, out).
+
+    As published: at 32 pixels the pool is a sum and the linear layer has no bias (1,053,824
+    parameters), at 48 a mean and a bias (19,542,721).
+    """
+
+    def __init__(self, size, channels, width, out, batch_norm=False):
+        super().__init__()
+        _, widths, down = res_widths(size, width)
+        widths = [channels] + widths
+        self.sum_pool = size == 32
+        self.blocks = nn.ModuleList(DownBlock(a, b, halve, i == 0, batch_norm)
+                                    for i, (a, b, halve) in enumerate(zip(widths, widths[1:], down)))
+        self.norm = nn.BatchNorm2d(widths[-1]) if batch_norm else nn.Identity()
+        self.head = nn.Linear(widths[-1], out, bias=not self.sum_pool)
+
+    def forward(self, x):                                                       # (B, c, S, S)
+        for block in self.blocks:
+            x = block(x)
+        x = F.relu(self.norm(x))                                                # (B, w, s, s)
+        return self.head(x.sum((2, 3)) if self.sum_pool else x.mean((2, 3)))    # (B, out)
+
+
+def build(model, size=32, channels=3, width=1.0, z=None, seed=0):
+    """nn.ModuleDict {"G", "D"} of a freshly initialised GAN: G (B, z) -> images, D images -> (B, 1) logits.
+
+    Initialised under a seed of its own; the caller's random state stays as it is. sngan: Xavier
+    uniform weights, zero biases; the others keep PyTorch's default.
+    """
+    if model not in MODELS:
+        raise ValueError(f"model is one of {', '.join(MODELS)}; got {model!r}")
+    if size not in (32, 48, 64):
+        raise ValueError(f"{model} is built for images of 32, 48 or 64 pixels; got {size}")
+    if not 0 < width <= 16:
+        raise ValueError(f"width multiplies the channel counts, 0 < width <= 16; got {width}")
+    z = z or MODELS[model]["z"]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(rng(seed, 0, "weights").initial_seed())
+        if model in ("dcgan", "wgan"):
+            w = max(1, round(64 * width))
+            nets = {"G": Decoder(size, channels, w, z), "D": Encoder(size, channels, w, 1, leaky=0.2)}
+        else:
+            nets = {"G": ResDecoder(size, channels, width, z),
+                    "D": ResEncoder(size, channels, width, 1, batch_norm=model == "resnet_dcgan")}
+        nets = nn.ModuleDict(nets)
+        if model == "sngan":
+            for role, net in nets.items():
+                for layer in [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]:
+                    nn.init.xavier_uniform_(layer.weight)
+                    if layer.bias is not None:
+                        nn.init.zeros_(layer.bias)
+                    if role == "D":           # after the init, since it keeps the raw weight under another name
+                        nn.utils.parametrizations.spectral_norm(layer)
+    return nets
+
+
+# ==================================================================================================
+# 3. MASKS: {parameter name: float tensor of 0 and 1, shaped like the weight}, 1 = keep. Weights are
+#    stored masked, and masked again after every optimizer step; gradients stay dense. Masks are
+#    float because multiplying by a bool mask is three to ten times slower.
+
+PRUNABLE = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+
+
+def prunable_modules(model):
+    """(name of the raw weight, module) of every Conv2d, ConvTranspose2d and Linear of any model.
+
+    First and last layers too. Under spectral norm it is the raw tensor that is trained and stored
+    ("...parametrizations.weight.original", or "weight_orig" of the older function): a mask on the
+    normalised weight would be gone at the next forward.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, PRUNABLE):
+            own = {name for name, _ in module.named_parameters()}
+            raw = [name for name in ("weight", "parametrizations.weight.original", "weight_orig") if name in own]
+            if not raw:
+                raise ValueError(f"{path or 'the model'}: no raw weight among its parameters {sorted(own)}; "
+                                 f"spectral norm is understood, other parametrizations of a weight are not")
+            yield (f"{path}.{raw[0]}" if path else raw[0]), module
+
+
+def prunable_parameters(model):
+    """{name: parameter} of all prunable weights; never biases, norms, embeddings or buffers.
+    A weight that two layers share stands here once, under its first name."""
+    found, seen = {}, set()
+    for name, _ in prunable_modules(model):
+        weight = model.get_parameter(name)
+        if id(weight) not in seen:
+            found[name] = weight
+            seen.add(id(weight))
+    return found
+
+
+def keep_top(scores, k):
+    """Bool mask of exactly k True at the largest entries of the flat tensor `scores`.
+
+    Everything strictly above the k-th value, then ties by position. So an all-equal tensor keeps its
+    first k; `scores >= value`, which public code uses, would keep all of it. kthvalue and not sort:
+    about five times faster, and topk's order among ties is not the order of positions.
+    """
+    n = scores.numel()
+    if torch.isnan(scores).any():
+        raise ValueError("scores hold NaN, which has no rank; look for the step where a weight or gradient became NaN")
+    if not 0 < k < n:
+        return torch.full_like(scores, k >= n, dtype=torch.bool)
+    kth = kth_largest(scores, k)
+    keep = scores > kth
+    missing = k - int(torch.count_nonzero(keep))
+    keep[(scores == kth).nonzero().squeeze(1)[:missing]] = True
+    return keep
+
+
+def kth_largest(scores, k):
+    """The k-th largest value of a flat tensor, 1 <= k <= n, as a scalar tensor. On the CPU by numpy's
+    partition (a third of kthvalue's time at 11 million), elsewhere by kthvalue."""
+    n = scores.numel()
+    if scores.device.type == "cpu":
+        return torch.from_numpy(np.partition(scores.detach().numpy(), n - k)[n - k:n - k + 1])
+    return scores.kthvalue(n - k + 1).values
+
+
+def prune_masks(scores, density, masks=None):
+    """Masks that keep round(density x N) weights of largest score, all tensors in one pool.
+
+    scores   {name: tensor}, larger = keep; |weight| for magnitude pruning
+    density  share of all N weights kept, in (0, 1]
+    masks    what is pruned already: ranks below every survivor, so masks are nested even where a
+             survivor scores 0. Han et al. 2015; Frankle & Carbin 2019 for the pool.
+    """
+    check_density(density)
+    flat = torch.cat([s.detach().flatten() for s in scores.values()])
+    if masks:
+        pruned = torch.cat([masks[name].flatten() for name in scores]) == 0
+        flat[pruned] = -math.inf
+    return split_like(keep_top(flat, round(density * flat.numel())), scores)
+
+
+def split_like(flat, tensors):
+    """Cut one flat tensor into float tensors of the names, shapes and memory formats of `tensors`."""
+    parts = flat.split([t.numel() for t in tensors.values()])
+    return {name: torch.empty_like(t, dtype=torch.float32, requires_grad=False).copy_(part.view(t.shape))
+            for (name, t), part in zip(tensors.items(), parts)}
+
+
+def check_density(density, name="density"):
+    """ValueError unless density is a share in (0, 1]; nan is not."""
+    if not 0 < density <= 1:
+        raise ValueError(f"{name} is the share of weights kept, in (0, 1]; got {density}. For 20 % kept pass 0.2")
+
+
+def erk_densities(shapes, density):
+    """{name: density} by the Erdos-Renyi-Kernel rule: small layers keep more. {name: shape} -> floats.
+
+    density_l = eps * sum(dims_l) / prod(dims_l), capped at 1, with eps such that the mean over all
+    weights is `density`. The dims of a convolution are all four, (out, in, kh, kw); the rule is
+    symmetric, so a transposed convolution's (in, out, kh, kw) is the same. Evci et al. 2020, RigL,
+    arXiv 1911.11134. Only the layers at the very maximum become dense before eps is solved again:
+    making all layers above 1 dense at once can end at another answer.
+    """
+    check_density(density)
+    size = {name: math.prod(shape) for name, shape in shapes.items()}
+    ratio = {name: sum(shape) / size[name] for name, shape in shapes.items()}
+    dense = set()
+    while len(dense) < len(shapes):
+        free = [name for name in shapes if name not in dense]
+        eps = (density * sum(size.values()) - sum(size[n] for n in dense)) / sum(sum(shapes[n]) for n in free)
+        largest = max(ratio[name] for name in free)
+        if eps * largest <= 1:
+            break
+        dense |= {name for name in free if ratio[name] == largest}
+    return {name: 1.0 if name in dense else eps * ratio[name] for name in shapes}
+
+
+def exact_counts(densities, sizes, total):
+    """Whole numbers near densities x sizes that add up to `total`, at least 1 and at most the size each.
+
+    Floors first; what is left goes to the largest fractions. Rounding each layer by itself misses the
+    total by a few weights, and drawing each weight by itself (as the authors' code does) by hundreds.
+    """
+    if not len(sizes) <= total <= sum(sizes.values()):
+        raise ValueError(f"{total} of {sum(sizes.values())} weights cannot keep {len(sizes)} layers alive; "
+                         f"pass a larger density")
+    wanted = {name: densities[name] * sizes[name] for name in sizes}
+    counts = {name: min(sizes[name], max(1, math.floor(wanted[name]))) for name in sizes}
+    while (left := total - sum(counts.values())) != 0:
+        step = 1 if left > 0 else -1
+        able = [n for n in sizes if (counts[n] < sizes[n] if left > 0 else counts[n] > 1)]
+        able.sort(key=lambda n: step * (counts[n] - wanted[n]))       # the one furthest behind (ahead) first
+        for name in able[:abs(left)]:
+            counts[name] += step
+    return counts
+
+
+def random_masks(parameters, density, generator):
+    """Masks of round(density x N) random weights, ERK over the layers, exact in every layer.
+
+    parameters  {name: tensor}; generator: a CPU torch.Generator, so that every device draws the same
+    """
+    sizes = {name: p.numel() for name, p in parameters.items()}
+    densities = erk_densities({name: tuple(p.shape) for name, p in parameters.items()}, density)
+    counts = exact_counts(densities, sizes, round(density * sum(sizes.values())))
+    masks = {}
+    for name, parameter in parameters.items():
+        flat = torch.zeros(sizes[name])
+        flat[torch.randperm(sizes[name], generator=generator)[:counts[name]]] = 1
+        masks[name] = torch.empty_like(parameter, requires_grad=False).copy_(flat.view(parameter.shape))
+    return masks
+
+
+@torch.no_grad()
+def apply_masks_(model, masks):
+    """Set the pruned weights of `model` to 0, in place; masks by the model's parameter names."""
+    if masks:
+        torch._foreach_mul_([model.get_parameter(name) for name in masks], list(masks.values()))
+
+
+def density(masks):
+    """Share of weights kept over all masks. count_nonzero: a float32 sum of ones stops at 2^24."""
+    return kept(masks) / sum(m.numel() for m in masks.values()) if masks else 1.0
+
+
+def kept(masks):
+    """Number of weights kept over all masks, an int."""
+    return sum(int(torch.count_nonzero(m)) for m in masks.values())
+
+
+def of_role(tensors, role):
+    """The part of a flat dict that belongs to one network, with the role's prefix taken off; same tensors."""
+    return {name.removeprefix(f"{role}."): t for name, t in tensors.items() if name.startswith(f"{role}.")}
+
+
+# ==================================================================================================
+# 4. OBJECTIVES: one training step each. A step does its own optimizer steps and masks the weights
+#    after each of them; it leaves the gradients where they are, dense, for whoever grows weights.
+
+def discriminator_loss(objective, real, fake):
+    """What D minimises, from raw logits of real and generated images, (B, 1) each -> scalar."""
+    if objective == "hinge":                                  # Miyato et al. 2018
+        return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+    if objective == "non-saturating":                         # Goodfellow et al. 2014; softplus(-x) = -log sigmoid(x)
+        return F.softplus(-real).mean() + F.softplus(fake).mean()
+    if objective == "wasserstein":                            # Arjovsky et al. 2017, with clipped weights
+        return fake.mean() - real.mean()
+    raise ValueError(f"objective is hinge, non-saturating or wasserstein; got {objective!r}")
+
+
+def generator_loss(objective, fake):
+    """What G minimises, from D's raw logits of its images, (B, 1) -> scalar."""
+    return F.softplus(-fake).mean() if objective == "non-saturating" else -fake.mean()
+
+
+@contextlib.contextmanager
+def frozen(module):
+    """Inside, no parameter of `module` requires a gradient; afterwards each is what it was."""
+    flags = [(p, p.requires_grad) for p in module.parameters()]
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def gan_step(G, D, optimizers, draw_real, draw_latents, objective="hinge", n_critic=1, clip=0.0, masks=None):
+    """One iteration: n_critic steps of D, then one of G.
+
+    optimizers              {"G": ..., "D": ...}
+    draw_real(k)            -> the k-th real batch of this iteration, (B, C, H, W)
+    draw_latents(net, k)    -> latents (B, z) for the k-th step of that network, "D" or "G"
+    clip                    > 0: D's parameters are clipped to [-clip, clip] (WGAN), then masked
+    masks                   {"G": {...}, "D": {...}} of masks by parameter name inside the network, or None
+
+    Returns losses {"D", "G"} and what a measurement of this iteration needs: the last real batch
+    `real`, G's latents `z` and D's logits of its images `fake_logits`, before G's step.
+    Gradients stay: D's .grad is of its last step here, G's of its own loss. D is frozen while G
+    learns; otherwise G's loss would leak into the gradients by which D grows.
+    """
+    masks = masks or {"G": {}, "D": {}}
+    for k in range(n_critic):
+        real = draw_real(k)                                   # (B, C, H, W)
+        with torch.no_grad():
+            fake = G(draw_latents("D", k))
+        optimizers["D"].zero_grad()
+        loss_D = discriminator_loss(objective, D(real), D(fake))      # two calls: batch norm sees one kind at a time
+        loss_D.backward()
+        optimizers["D"].step()
+        if clip:
+            with torch.no_grad():
+                for parameter in D.parameters():
+                    parameter.clamp_(-clip, clip)
+        apply_masks_(D, masks["D"])
+    with frozen(D):
+        z = draw_latents("G", 0)
+        optimizers["G"].zero_grad()
+        fake_logits = D(G(z))
+        loss_G = generator_loss(objective, fake_logits)
+        loss_G.backward()
+        optimizers["G"].step()
+        apply_masks_(G, masks["G"])
+    return {"losses": {"D": loss_D.detach(), "G": loss_G.detach()},
+            "real": real, "z": z, "fake_logits": fake_logits.detach()}
+
+
+# ==================================================================================================
+# 5. TRAINING: one loop for every model and method. It knows steps, masks, an average of the weights
+#    and checkpoints. What a method adds comes in as `after_step`; what is drawn at random is a
+#    function of (seed, step, purpose), so a run that is killed goes on to the same last bit.
+
+class Trained(NamedTuple):
+    """What a named training leaves: the networks hold the weights, this holds the rest."""
+    step: int          # steps done; fewer than asked for only if after_step ended it
+    rows: list         # the rows of metrics.csv, dicts
+    seconds: float     # time inside the loop, over all starts of it
+
+
+def make_optimizer(kind, net, lr, betas=(0.9, 0.999)):
+    """Adam or RMSprop over all parameters of `net`; for RMSprop betas[1] is its smoothing constant."""
+    if kind == "adam":       # fused: one call for all tensors, on CPU and CUDA
+        return torch.optim.Adam(net.parameters(), lr, betas, fused=True)
+    return torch.optim.RMSprop(net.parameters(), lr, alpha=betas[1])
+
+
+def ema_decay(step, longest):
+    """Decay of the weight average at step 0, 1, ...: min(longest, (t+1)/(t+10)).
+
+    A fixed .999 still holds a third of the initial weights after 1,000 steps. This one averages over
+    the last tenth of what was trained until that is longer than 1/(1 - longest) steps.
+    """
+    return min(longest, (step + 1) / (step + 10))
+
+
+@torch.no_grad()
+def ema_update_(ema, live, decay, masks):
+    """ema <- decay ema + (1 - decay) live for every parameter, then masked; buffers stay.
+
+    The masks matter on the step in which they change: a weight just pruned is 0 in `live`, but its
+    average is not. A weight just grown enters the average from 0 (Wang et al. 2023's code)."""
+    torch._foreach_lerp_(list(ema.parameters()), list(live.parameters()), 1 - decay)
+    apply_masks_(ema, masks)
+
+
+def save_torch(path, content):
+    """torch.save, atomically; tensors and plain values only, so that load_torch can read it."""
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load_torch(path, device="cpu"):
+    """Read a file of tensors and plain values. weights_only: a file that holds pickled code is refused,
+    not run. ValueError with the file's name for anything that is not a complete file of ours."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(content, dict) or content.get("format") != 1:
+            raise ValueError("not a file of lottery.py's format 1")
+        return content
+    except FileNotFoundError:
+        raise
+    except Exception as error:      # zip, pickle and torch each have errors of their own for a damaged file
+        reason = str(error).strip().split("\n")[0][:100]
+        raise ValueError(f"cannot read {path} ({type(error).__name__}: {reason}); delete it or restore a copy") from None
+
+
+def to_bool(masks):
+    """Masks as they are stored: bool, a quarter of the bytes."""
+    return {name: mask.bool() for name, mask in masks.items()}
+
+
+def snapshot(nets, ema, masks, **more):
+    """All that a training needs to go on, as one dict of tensors and plain values."""
+    return {"format": 1, "weights": nets.state_dict(), "ema": ema.state_dict() if ema else {},
+            "masks": to_bool(masks), **more}
+
+
+def restore_(saved, nets, ema, masks, optimizers=None):
+    """Copy a snapshot into networks, average, masks and optimizers, in place. ValueError if it does not fit."""
+    try:
+        nets.load_state_dict(saved["weights"])
+        if ema:
+            ema.load_state_dict(saved["ema"])
+        if set(masks) != set(saved["masks"]):
+            raise KeyError("masks of other layers")
+        for name, mask in masks.items():
+            mask.copy_(saved["masks"][name])
+        for role in optimizers or {}:
+            optimizers[role].load_state_dict(saved["optimizers"][role])
+    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"does not belong to these networks: {str(error).strip().splitlines()[0][:100]}") from None
+
+
+def find_checkpoint(folder, name, device="cpu"):
+    """(saved, finished) of the training `name` in a run folder: its done file, else last.pt if that is
+    its own, else (None, False)."""
+    if folder is None:
+        return None, False
+    for path, finished in ((folder / f"done-{name}.pt", True), (folder / "last.pt", False)):
+        if path.exists():
+            saved = load_torch(path, device)
+            lacks = {"name", "step", "rows", "seconds", "state", "weights", "masks", "ema", "recent"} - set(saved)
+            if lacks:
+                raise ValueError(f"cannot read {path} (it lacks {', '.join(sorted(lacks))}); delete it or restore a copy")
+            if saved["name"] == name:
+                return saved, finished
+    return None, False
+
+
+def write_rows(folder, name, rows):
+    """metrics.csv: the rows of other trainings as they stand, then these; rewritten whole, atomically."""
+    path, others = folder / "metrics.csv", []
+    if path.exists():
+        with open(path, newline="") as file:
+            others = [row for row in csv.DictReader(file) if row["training"] != name]
+    text = io.StringIO()
+    fields = list(dict.fromkeys(key for row in [*others, *rows] for key in row))
+    writer = csv.DictWriter(text, fields)
+    writer.writeheader()
+    writer.writerows([*others, *rows])
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def check_finite(losses, step, nets, checkpoint):
+    """FloatingPointError when a loss or a weight is not finite, naming network, step and last good checkpoint."""
+    bad = [f"loss of {name} is {float(value)}" for name, value in losses.items() if not math.isfinite(value)]
+    bad += [f"a weight of {name} is not finite" for name, net in (nets or {}).items()
+            if not all(torch.isfinite(p).all() for p in net.parameters())]
+    if bad:
+        raise FloatingPointError(f"{bad[0]} at step {step}; last good checkpoint: {checkpoint}. "
+                                 f"Try a smaller --lr, or another --seed")
+
+
+def train(nets, step_fn, steps, *, optimizers, start=0, masks=None, after_step=None, state=None, ema=None,
+          ema_longest=0.999, evaluate=None, eval_every=0, folder=None, name="train", checkpoint_s=120.0,
+          images_per_step=0, show=print):
+    """Train `nets` in place from step `start` to step `steps`; returns Trained.
+
+    nets         nn.ModuleDict of roles; optimizers {role: optimizer}
+    step_fn      (step) -> {"losses": {role: scalar}, ...}; does its optimizer steps and masks after each
+    masks        {parameter name: mask}, changed in place by after_step only
+    after_step   (steps done, what step_fn returned) -> True to end the training; measures, moves masks
+    state        dict of plain values and tensors that after_step remembers; saved with the checkpoint.
+                 The numbers in state["log"] stand in every row and on the progress line
+    ema          nn.ModuleDict of the roles that are averaged, starting as copies of theirs
+    evaluate     (step) -> {column: number}, called at `start`, every `eval_every` steps and at the end
+    folder       a run folder: a training that has finished there returns at once, one that was cut off
+                 goes on from last.pt. None: nothing is written
+    checkpoint_s seconds between checkpoints; it changes no weight
+
+    A loss that is not finite ends the training with FloatingPointError. On CUDA it is looked at every
+    tenth step, because every look waits for the device.
+    """
+    masks, state, ema = {} if masks is None else masks, {} if state is None else state, ema or nn.ModuleDict()
+    device, log_every, last = next(nets.parameters()).device, max(1, (steps - start) // 200), "none"
+    step, rows, recent, before = start, [], [], 0.0
+    apply_masks_(nets, masks)                       # the first forward sees the sparse network, not the dense one
+    apply_masks_(ema, {n: m for n, m in masks.items() if n.split(".")[0] in ema})
+    saved, finished = find_checkpoint(folder, name, device)
+    if saved:
+        path = folder / (f"done-{name}.pt" if finished else "last.pt")
+        try:
+            restore_(saved, nets, ema, masks, None if finished else optimizers)
+        except ValueError as error:
+            raise ValueError(f"{path} {error}; delete it or name another --out") from None
+        step, rows, before, recent = saved["step"], saved["rows"], saved["seconds"], list(saved["recent"])
+        state.clear(), state.update(saved["state"])
+        last = f"{path} (step {step})"
+        if finished:
+            return Trained(step, rows, before)
+        show(f"{name}: continuing from step {step:,}")
+    began = shown = checked = time.perf_counter()
+    begun_at, roles = step, None
+
+    def seconds():
+        return before + time.perf_counter() - began
+
+    def row(numbers):
+        """One row of metrics.csv: mean losses since the last row, the log, and `numbers`."""
+        means = torch.stack(recent).mean(0).tolist() if recent else []
+        recent.clear()
+        rows.append({"training": name, "step": step, "seconds": round(seconds(), 2),
+                     **{f"loss_{role}": mean for role, mean in zip(roles or [], means)}, **state.get("log", {}), **numbers})
+        if folder:
+            write_rows(folder, name, rows)
+
+    def save(path, **more):
+        save_torch(path, snapshot(nets, ema, masks, name=name, step=step, rows=rows, seconds=seconds(),
+                                  state=state, recent=recent, **more))
+
+    if step == start and evaluate:
+        row(evaluate(step))
+    while step < steps:
+        out = step_fn(step)
+        step += 1
+        roles = list(out["losses"])
+        recent.append(torch.stack(list(out["losses"].values())).float())
+        if device.type == "cpu" or step % 10 == 0:
+            check_finite(out["losses"], step, None, last)
+        stop = bool(after_step and after_step(step, out))
+        for role in ema:
+            ema_update_(ema[role], nets[role], ema_decay(step - 1, ema_longest), of_role(masks, role))
+        end = stop or step == steps
+        if end or (eval_every and evaluate and step % eval_every == 0):
+            row(evaluate(step) if evaluate else {})
+        elif (step - start) % log_every == 0:
+            row({})
+        now = time.perf_counter()
+        if end or now - shown > 10 or step == begun_at + 2:
+            show(progress_line(step, steps, out["losses"], state.get("log", {}), (now - began) / (step - begun_at),
+                               images_per_step))
+            shown = now
+        if folder and not end and now - checked >= checkpoint_s:
+            check_finite(out["losses"], step, nets, last)
+            save(folder / "last.pt", optimizers={role: o.state_dict() for role, o in optimizers.items()})
+            last, checked = f"{folder / 'last.pt'} (step {step})", time.perf_counter()
+        if stop:
+            break
+    if folder:
+        check_finite({}, step, nets, last)
+        save(folder / f"done-{name}.pt")
+        (folder / "last.pt").unlink(missing_ok=True)
+    return Trained(step, rows, seconds())
+
+
+def progress_line(step, steps, losses, log, step_s, images_per_step):
+    """step 1,200/50,000  D 1.310  G 0.940  BR 0.42  kept G 10.0% D 23.5%  1,840 img/s  3 min left"""
+    parts = [f"step {step:>{len(f'{steps:,}')},}/{steps:,}", *(f"{role} {float(v):.3f}" for role, v in losses.items())]
+    if "balance_ratio" in log:
+        parts.append(f"BR {log['balance_ratio']:.2f}")
+    shares = [f"{key[-1]} {100 * log[key]:.1f}%" for key in ("density_G", "density_D") if key in log]
+    parts += [f"kept {' '.join(shares)}"] * bool(shares)
+    return "  ".join([*parts, f"{images_per_step / step_s:,.0f} img/s", f"{duration((steps - step) * step_s)} left"])
+
+
+def duration(seconds):
+    """Seconds in the unit that a person would use."""
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+@contextlib.contextmanager
+def untouched(*models):
+    """Measuring leaves no trace: buffers (batch norm statistics, spectral norm vectors), gradients,
+    requires_grad and train/eval mode of `models` are afterwards what they were, bit for bit.
+    Parameters are not copied: what runs inside must not write them."""
+    modules = [m for model in models for m in model.modules()]
+    modes = [m.training for m in modules]
+    buffers = [(b, b.clone()) for model in models for b in model.buffers()]
+    parameters = [(p, p.grad, p.requires_grad) for model in models for p in model.parameters()]
+    for parameter, _, _ in parameters:
+        parameter.grad = None                   # a backward inside makes new ones instead of adding to these
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes):
+            module.training = mode
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        for parameter, grad, flag in parameters:
+            parameter.grad = grad
+            parameter.requires_grad_(flag)
+
+
+# ==================================================================================================
+# 6. DYNAMIC SPARSE TRAINING: masks that move while the weights train. SDST moves G's mask; DDST also
+#    moves the number of D's weights, so that neither network runs away from the other.
+#    Wang et al. 2023, "Balanced Training for Sparse GANs", arXiv 2302.14670.
+
+def drop_and_grow_(weights, masks, gradients, drop, grow, how="gradient", generator=None, output_dim=None):
+    """Prune the `drop` smallest kept weights, then keep `grow` more, all layers in one pool; in place.
+
+    weights, masks, gradients   {name: tensor}; stored weights are masked, gradients are dense
+    how           "gradient": grow where |gradient| is largest (RigL, Evci et al. 2020);
+                  "random": anywhere (SET, Mocanu et al. 2018), drawn from `generator`
+    output_dim    {name: dimension of the output units}, 0 unless given (a transposed convolution's is 1)
+
+    What was just dropped may grow back; it then keeps its value and is no new weight. New weights
+    start at 0. In every output row the largest kept weight is never dropped: a pool over layers of
+    different scale can empty a layer, and spectral norm of an empty layer is 0/0. Gradients that are
+    exactly 0 say nothing (a hinge D beyond its margins has no other), so where they run out the
+    dropped weights come back first and the rest is random; a threshold "|g| >= 0" would keep everything.
+
+    Returns ({name: bool, newly grown}, number dropped, number grown): fewer than asked for when
+    nothing more may be dropped or is left to grow. Counts are exact. drop = 0 and grow = 0 do nothing.
+    """
+    check_how(how)
+    flat = {key: torch.cat([part[name].detach().flatten() for name in masks])
+            for key, part in (("weight", weights), ("mask", masks))}
+    magnitude, keep = flat["weight"].abs(), flat["mask"] != 0
+    was = keep.clone()
+    safe = torch.cat([row_largest(weights[name].detach(), masks[name], (output_dim or {}).get(name, 0)).flatten()
+                      for name in masks])
+    may_drop = keep & ~safe
+    drop = min(drop, int(torch.count_nonzero(may_drop)))
+    dropped = keep_top(torch.where(may_drop, -magnitude, -math.inf), drop)     # largest -|w| = smallest |w|
+    keep &= ~dropped
+    grow = min(grow, int(torch.count_nonzero(~keep)))
+    if grow:
+        score = None
+        if how == "gradient":
+            score = torch.cat([gradients[name].detach().flatten() for name in masks]).abs()
+            if not torch.isfinite(score).all():
+                raise FloatingPointError("a gradient by which weights would grow is not finite")
+        short = score is not None and int(torch.count_nonzero((score > 0) & ~keep)) < grow
+        if score is None or short:
+            chance = torch.rand(len(keep), generator=generator).to(keep.device)        # in [0, 1)
+            score = torch.where(score > 0, math.inf, torch.where(dropped, 1 + magnitude, chance)) if short else chance
+        keep |= keep_top(torch.where(keep, -math.inf, score), grow)
+    new = split_like(keep & ~was, masks)
+    for name, part in split_like(keep, masks).items():
+        masks[name].copy_(part)                     # in place: whoever holds the mask sees the change
+        weights[name].data.mul_(part)
+    return {name: part.bool() for name, part in new.items()}, drop, grow
+
+
+def check_how(how):
+    """ValueError unless `how` names a way to grow."""
+    if how not in ("gradient", "random"):
+        raise ValueError(f"weights grow by gradient or random; got {how!r}")
+
+
+def row_largest(weight, mask, dim=0):
+    """Bool, shaped like `weight`: the largest kept weight of every output row that keeps any."""
+    rows = torch.where(mask != 0, weight.abs(), -math.inf).transpose(0, dim).flatten(1)      # (out, in*kh*kw)
+    best = torch.zeros_like(rows, dtype=torch.bool)
+    best[torch.arange(len(rows)), rows.argmax(1)] = rows.max(1).values > -math.inf
+    shape = weight.transpose(0, dim).shape
+    return best.view(shape).transpose(0, dim)
+
+
+def output_dims(model):
+    """{name of prunable weight: 1 for transposed convolutions, (in, out, kh, kw), else 0}"""
+    return {name: int(isinstance(module, nn.ConvTranspose2d)) for name, module in prunable_modules(model)}
+
+
+def seed_optimizer_state_(optimizer, weights, grown, gradients):
+    """Optimizer state at newly grown weights: first moment and momentum 0, second moment g^2.
+
+    Second moments seeded with 0 would be a trap: Adam divides by their root, and its correction for
+    the start is long past, so a first step could be lr / sqrt(1 - beta2), 31 times too long.
+    Wang et al.'s code leaves both moments as the dense gradients of a dead weight have made them.
+    """
+    for name, new in grown.items():
+        state = optimizer.state.get(weights[name], {})
+        for key, value in (("exp_avg", 0.0), ("momentum_buffer", 0.0),
+                           ("exp_avg_sq", gradients[name] ** 2), ("square_avg", gradients[name] ** 2)):
+            if isinstance(state.get(key), torch.Tensor):
+                state[key].copy_(torch.where(new, torch.as_tensor(value, device=new.device), state[key]))
+
+
+def drop_share(step, steps, first=0.5, last=0.005):
+    """Share of the kept weights that one update exchanges: `first` at step 0, by a cosine to `last`."""
+    return last + 0.5 * (first - last) * (1 + math.cos(math.pi * step / steps))
+
+
+def balance_terms(d_real, d_fake_before, d_fake_after):
+    """(gain, gap, spread) of one measurement, from raw logits, any shape: how far one step of G moved
+    its images up in D's eyes, how far real images were ahead, and the logits' standard deviation."""
+    gain = d_fake_after.mean() - d_fake_before.mean()
+    gap = d_real.mean() - d_fake_before.mean()
+    spread = torch.cat([d_real.flatten(), d_fake_before.flatten()]).std()
+    return tuple(float(x) for x in (gain, gap, spread))
+
+
+def balance_ratio(d_real, d_fake_before, d_fake_after):
+    """How much of D's lead G wins back in one step: < 0 lost ground, 1 caught up. No unit, a float.
+
+    BR = (D(G'(z)) - D(G(z))) / (D(x) - D(G(z)))      same z, D after its own step, raw logits
+    Wang et al. 2023. Unchanged under D -> a D + b for a > 0. NaN when D is not ahead: a gap of at most
+    1e-3 standard deviations of the logits has no meaningful sign, and its inverse would swamp a mean.
+    """
+    gain, gap, spread = balance_terms(d_real, d_fake_before, d_fake_after)
+    return gain / gap if gap > 1e-3 * spread else math.nan
+
+
+def smoothed_ratio(window):
+    """Balance ratio over a list of balance_terms: (sum of gains) / (sum of gaps). NaN for an empty list.
+
+    Paper: the mean of the ratios. Here: the ratio of the sums, because single gaps near 0 carry that
+    mean (3.94 where the median is .30, in one window). Measurements without a lead of D are left
+    out; when they are the larger part, D is blind, G is far ahead, and the answer is +inf. To wait
+    for good ones, as a guard alone would, is to stall in the very collapse that DDST is there for.
+    """
+    good = [(gain, gap) for gain, gap, spread in window if gap > 1e-3 * spread and math.isfinite(gain)]
+    if not window:
+        return math.nan
+    if 2 * len(good) < len(window):
+        return math.inf
+    return sum(gain for gain, _ in good) / sum(gap for _, gap in good)
+
+
+@torch.no_grad()
+def measure_balance(G, D, z, real, fake_logits):
+    """balance_terms of the iteration just done: a second look at the same z with the new G, and at the
+    last real batch with the present D. Costs one forward of G and two of D; leaves no trace.
+
+    Batch norm takes the statistics of the batch, as it did in the first look (with running ones the
+    gain would be an artefact); spectral norm does not iterate, so D is the same in all three terms.
+    """
+    with untouched(G, D):
+        G.train(), D.train()
+        for module in D.modules():
+            if isinstance(module, torch.nn.utils.parametrizations._SpectralNorm):
+                module.eval()
+        return balance_terms(D(real), fake_logits, D(G(z)))
+
+
+def controller(ratio, count, low, high, change, floor, cap, total):
+    """DDST's decision for D: (action, weights D shall keep), all in whole weights.
+
+    ratio at least `high`, D too weak      below the cap: "grow" by `change`, never past the cap;
+                                           at it: "explore" (drop and grow at constant count) when the
+                                           cap is below `total` (strict), "hold" when D is dense
+    ratio at most `low`, D too strong      "drop" by `change`, never past the floor
+    between, or NaN (both comparisons are then false)     "hold"
+    Counts and not densities: in floats .1 + 8 x .05 is not .5, and the authors' test for the cap misses.
+    """
+    if ratio >= high and count < cap:
+        return "grow", min(cap, count + change)
+    if ratio >= high:
+        return ("explore" if cap < total else "hold"), count
+    if ratio <= low and count > floor:
+        return "drop", max(floor, count - change)
+    return "hold", count
+
+
+def gan_schedule(steps, update_every=None, strict=False):
+    """(G's update interval, D's interval and window, first step at which D may change), in G steps.
+
+    The paper's 500 and 1,000 (strict: 2,000) of 100,000 steps, scaled with the run. A floor of 20:
+    between two updates new weights need time to grow past the magnitude that would drop them.
+    """
+    every = max(20, steps // 200)
+    return every if update_every is None else update_every, (4 if strict else 2) * every, math.ceil(0.05 * steps)
+
+
+def dynamic_gan(nets, optimizers, masks, state, *, steps, seed, ratio_every=10, window_steps=0, update_every=0,
+                how="gradient", control=None):
+    """The after_step of every GAN method: balance ratio, then G's mask, then D's.
+
+    nets, optimizers  {"G", "D"}; masks flat, "G.stem.weight", moved in place; state remembers
+    ratio_every       steps between measurements; window_steps: how many steps the smoothed ratio covers
+    update_every      steps between updates of G's mask (SDST); 0: it stays (dense, static)
+    control           None, or DDST's dict(every, first, low, high, change, floor, cap): when D may
+                      change, the band of the ratio, and counts of weights
+
+    The gradients are those of the step just done. Paper and authors' code do the same; RigL replaces
+    the step by the update, which would let G miss a step against D.
+    """
+    flat, dims = prunable_parameters(nets), output_dims(nets)
+    total = sum(p.numel() for p in of_role(flat, "D").values())
+    state.setdefault("window", [])
+    state.setdefault("history", [[0, {n: int(torch.count_nonzero(m)) for n, m in masks.items()}, []]])
+
+    def move(role, drop, grow, step):
+        """One drop_and_grow_ in one network, its optimizer's state with it."""
+        part = {name: mask for name, mask in masks.items() if name.startswith(f"{role}.")}
+        gradients = {name: flat[name].grad for name in part}
+        grown, drop, grow = drop_and_grow_(flat, part, gradients, drop, grow, how, rng(seed, step, f"grow {role}"), dims)
+        seed_optimizer_state_(optimizers[role], flat, grown, gradients)
+        return bool(grow) and how == "gradient"
+
+    def after_step(step, out):
+        if step % ratio_every == 0:
+            terms = measure_balance(nets["G"], nets["D"], out["z"], out["real"], out["fake_logits"])
+            state["window"] = [*state["window"], terms][-max(1, window_steps // ratio_every):]
+            ratio = smoothed_ratio(state["window"])
+            state["log"] = {**state["log"], "balance_ratio": ratio}
+        moved = []                                   # networks whose dense gradient was read, for the MACs
+        share = drop_share(step, steps)
+        if update_every and step % update_every == 0 and step < steps:
+            exchange = int(share * kept(of_role(masks, "G")))
+            moved += ["G"] * move("G", exchange, exchange, step)
+        if control and step % control["every"] == 0 and control["first"] <= step < steps:
+            now = kept(of_role(masks, "D"))
+            action, then = controller(smoothed_ratio(state["window"]), now, control["low"], control["high"],
+                                      control["change"], control["floor"], control["cap"], total)
+            exchange = int(share * now) if action == "explore" else 0
+            if action != "hold":
+                moved += ["D"] * move("D", exchange + max(0, now - then), exchange + max(0, then - now), step)
+            state["actions"] = {**state.get("actions", {}), action: state.get("actions", {}).get(action, 0) + 1}
+        if masks and (update_every and step % update_every == 0 or control and step % control["every"] == 0):
+            counts = {name: int(torch.count_nonzero(mask)) for name, mask in masks.items()}
+            state["history"] = [*state["history"], [step, counts, moved]]
+            state["log"] = {**state["log"], **role_densities(nets, masks)}
+        return False
+
+    state["log"] = {**role_densities(nets, masks), **state.get("log", {})}
+    return after_step
+
+
+def role_densities(nets, masks):
+    """{"density_G": ..., "density_D": ...}: share kept of each network's prunable weights; 1 where no mask is."""
+    shares = {}
+    for role, net in nets.items():
+        weights, part = prunable_parameters(net), of_role(masks, role)
+        total = sum(p.numel() for p in weights.values())
+        shares[f"density_{role}"] = (total - sum(m.numel() for m in part.values()) + kept(part)) / total
+    return shares
+
+
+# ==================================================================================================
+# 7. METRICS: distances between sets of images (by the features of a fixed network, in float64), and
+#    multiply-accumulates (MACs) of networks and of trainings.
+
+FID_WEIGHTS = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+
+
+class RandomFeatures(nn.Module):
+    """64 features of an image by a fixed random network: nothing to download, the same everywhere.
+
+    uint8 (B, 1 or 3, S, S) -> (B, 64). Orthogonal weights keep the scale from layer to layer; the
+    mean over space forgives where a thing is, not what it is. Such features rank generative models
+    about as trained ones do (Lee et al. 2022, arXiv 2208.09218), but are never to be called FID.
+    """
+
+    def __init__(self, seed=0):
+        super().__init__()
+        widths = [3, 32, 64, 64, 64]
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1, bias=False) for a, b in zip(widths, widths[1:]))
+        for i, conv in enumerate(self.convs):
+            nn.init.orthogonal_(conv.weight, math.sqrt(2), generator=rng(seed, i, "features"))
+
+    def forward(self, images):                              # (B, c, S, S) uint8
+        x = images.float() / 127.5 - 1
+        x = x.expand(-1, 3, -1, -1)
+        for conv in self.convs:
+            x = F.relu(conv(x))                             # (B, 32..64, S/2..S/16, S/2..S/16)
+        return x.mean((2, 3))                               # (B, 64)
+
+
+class InceptionFeatures(nn.Module):
+    """The 2048 "pool3" features of the FID network: torchvision's Inception v3 with the pooling of
+    the TensorFlow graph of 2015-12-05. uint8 (B, 1 or 3, S, S) -> (B, 2048).
+
+    state_dict: the weights under torchvision's names (pt_inception-2015-12-05-6726825d.pth, 1008
+    classes, no AuxLogits). Only with those is a distance a FID. The network differs from torchvision's
+    in nothing but the pooling branch of nine blocks: average pooling leaves the padding out of the
+    count, and the last block takes the maximum. Images go 0..1, bilinear to 299, -1..1 (as in pytorch-fid).
+    """
+
+    def __init__(self, state_dict):
+        super().__init__()
+        self.net = import_torchvision().models.inception_v3(weights=None, num_classes=1008, aux_logits=False,
+                                                            init_weights=False, transform_input=False)
+        missing, extra = self.net.load_state_dict(state_dict, strict=False)
+        missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+        if missing or extra:
+            raise ValueError(f"not the FID Inception's weights: {len(missing)} tensors missing, {len(extra)} unknown "
+                             f"({', '.join([*missing, *extra][:3])}, ...)")
+        average = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+        for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
+            replace_pooling(getattr(self.net, f"Mixed_{name}"), average)
+        replace_pooling(self.net.Mixed_7c, functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1))
+        self.net.fc = nn.Identity()                         # after loading: its weights are in the file
+        self.eval()
+
+    def forward(self, images):
+        x = images.expand(-1, 3, -1, -1).float() / 255
+        return self.net(2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1)
+
+
+def replace_pooling(block, pool):
+    """Let the pooling branch of a torchvision Inception block see pool(input of the block).
+    torchvision pools inside the block's forward; its result is thrown away here (it costs little)."""
+    seen = {}
+    block.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
+    block.branch_pool.register_forward_pre_hook(lambda module, args: (pool(seen.pop("x")),))
+
+
+def feature_network(name, weights=None):
+    """The feature network called `name`, in eval mode: "random" or "inception" (its weights from the file
+    `weights`, else torch.hub's cache or a download). ValueError when the weights are not to be had."""
+    if name == "random":
+        return RandomFeatures().eval()
+    if name != "inception":
+        raise ValueError(f"features are random or inception; got {name!r}")
+    if weights is not None:
+        try:
+            return InceptionFeatures(torch.load(weights, map_location="cpu", weights_only=True))
+        except Exception as error:
+            raise ValueError(f"cannot use {weights} as Inception weights: {str(error).strip().splitlines()[0][:150]}") from None
+    try:
+        return InceptionFeatures(torch.hub.load_state_dict_from_url(FID_WEIGHTS, map_location="cpu", check_hash=True,
+                                                                    weights_only=True))
+    except OSError as error:
+        raise ValueError(f"cannot download the Inception weights ({error}); fetch {FID_WEIGHTS} and pass "
+                         f"--inception-weights FILE, or use --features random") from None
+
+
+@torch.no_grad()
+def extract(images, network, size=100):
+    """Features (N, d) float64 on the CPU of uint8 images (N, C, H, W), `size` at a time."""
+    device = next(network.parameters()).device
+    return torch.cat([network(part.to(device)).double().cpu() for part in images.split(size)])
+
+
+def frechet_distance(x, y):
+    """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two feature sets (N, d), in float64, unbiased C.
+
+    Heusel et al. 2017. Biased upwards by about (2d + d(d+1)/2)/n: compare only equal n, d and reference.
+    """
+    return gaussian_distance(x.mean(0), torch.cov(x.T), y.mean(0), torch.cov(y.T))
+
+
+def gaussian_distance(mean1, cov1, mean2, cov2):
+    """The Frechet distance between two Gaussians, a float. The trace of the root comes from eigenvalues of
+    R C2 R with R = C1^(1/2): symmetric, so real; float32 gives wrong values here."""
+    values, vectors = torch.linalg.eigh(cov1.double())
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    middle = torch.linalg.eigvalsh(root @ cov2.double() @ root)
+    mean = (mean1.double() - mean2.double()).square().sum()
+    return float(mean + cov1.trace() + cov2.trace() - 2 * middle.clamp(min=0).sqrt().sum())
+
+
+def kernel_distance(x, y, generator=None, subsets=10, size=1000):
+    """(mean, standard deviation) of the unbiased squared MMD, kernel (x.y/d + 1)^3; (N, d) float64 each.
+
+    KID, Binkowski et al. 2018 (they: 100 subsets). Unbiased, so it may be negative, and it is not clamped.
+    """
+    m, values = min(size, len(x), len(y)), []
+    for _ in range(1 if m == len(x) == len(y) else subsets):
+        a = x[torch.randperm(len(x), generator=generator)[:m]]
+        b = y[torch.randperm(len(y), generator=generator)[:m]]
+        kaa, kbb, kab = ((p @ q.T / x.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
+        within = (kaa.sum() - kaa.trace() + kbb.sum() - kbb.trace()) / (m * (m - 1))
+        values.append(float(within - 2 * kab.mean()))
+    return float(np.mean(values)), float(np.std(values))
+
+
+@torch.no_grad()
+def generator_for_use(G, averaged=None, seed=0, size=64):
+    """A copy of G in eval mode, for sampling: the averaged weights if there are any, with batch norm
+    statistics that belong to them (over 20 seeded batches; the average has no statistics of its own,
+    and those of the live G are of other weights). G and `averaged` are left alone."""
+    use = copy.deepcopy(G if averaged is None else averaged).train()
+    norms = [m for m in use.modules() if isinstance(m, nn.BatchNorm2d)]
+    if averaged is not None and norms:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None                            # a plain mean over the batches
+        device = next(use.parameters()).device
+        for k in range(20):
+            use(latents(size, use.z, seed, 0, "batch norm", k, device))
+    return use.eval()
+
+
+@torch.no_grad()
+def sample_images(G, count, seed=0, purpose="samples", size=100):
+    """`count` uint8 images (count, C, S, S) on the CPU; the first n are the same whatever `count` is."""
+    device, parts = next(G.parameters()).device, []
+    for k in range(math.ceil(count / size)):                # whole batches, then cut
+        parts.append(to_uint8(G(latents(size, G.z, seed, 0, purpose, k, device))).cpu())
+    return torch.cat(parts)[:count]
+
+
+def metric_name(features, count):
+    """"FID-50k" with the Inception weights, else "FD-random-2k": never a distance without its n."""
+    number = f"{count // 1000}k" if count % 1000 == 0 else str(count)
+    return f"FID-{number}" if features == "inception" else f"FD-{features}-{number}"
+
+
+def mac_positions(model, *inputs):
+    """{name of prunable weight: positions of the output, per image, at which each of its weights works}.
+
+    So a layer's MACs per image are positions x weights kept: a convolution's output pixels, a
+    transposed one's input pixels, 1 for linear. Biases, norms and activations are not counted.
+    One forward in eval mode with `inputs` (a batch of 1); leaves no trace.
+    """
+    found, hooks = {}, []
+
+    def count(name, module, args, output):
+        area = args[0] if isinstance(module, nn.ConvTranspose2d) else output
+        places = area[0, 0].numel() if area.dim() == 4 else area[0].numel() // module.out_features
+        found[name] = found.get(name, 0) + places           # a layer may be called more than once
+
+    for name, module in prunable_modules(model):
+        hooks.append(module.register_forward_hook(functools.partial(count, name)))
+    try:
+        with untouched(model), torch.no_grad():
+            model.eval()
+            model(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def gan_positions(nets, size, channels):
+    """mac_positions of a GAN by flat names, "G.stem.weight"."""
+    device = next(nets.parameters()).device
+    inputs = {"G": torch.zeros(1, nets["G"].z, device=device), "D": torch.zeros(1, channels, size, size, device=device)}
+    return {f"{role}.{name}": places for role in nets for name, places in mac_positions(nets[role], inputs[role]).items()}
+
+
+def gan_training_macs(history, steps, positions, sizes, batch_size, n_critic, g_batch, ratio_every=0, paper=False):
+    """MACs of a whole GAN training with moving masks, an int.
+
+    history    [[step, {weight name: number kept}, [networks that read their dense gradient]], ...], from
+               step 0 on: the masks as they were from that step
+    positions  of mac_positions, sizes {name: weights}; a weight without a mask counts whole
+
+    Exact, per iteration, with f = MACs of one forward per image (backward = twice that, or once where
+    only the input needs a gradient):  n_critic B (f_G + 6 f_D) + B_G (3 f_G + 2 f_D), plus a dense
+    weight gradient wherever growth looked at one, plus B_G (f_G + f_D) + B f_D per balance ratio.
+    paper=True: the count of Wang et al.'s code, to set beside their figures:
+    (n_critic B + 3 B_G) f_G + (3 n_critic B + B_G) n_critic f_D. It has n_critic twice for D, and
+    leaves out D's fake half, D's input gradient, the balance ratio and the dense gradients.
+    """
+    def forward(counts):
+        macs = {"G": 0, "D": 0}
+        for name, places in positions.items():
+            macs[name[0]] += places * counts.get(name, sizes[name])
+        return macs["G"], macs["D"]
+
+    total, (dense_G, dense_D) = 0, forward({})
+    for (since, counts, _), (until, _, moved) in zip(history, [*history[1:], [steps, {}, []]]):
+        f_G, f_D = forward(counts)
+        if paper:
+            total += (until - since) * ((n_critic * batch_size + 3 * g_batch) * f_G
+                                        + (3 * n_critic * batch_size + g_batch) * n_critic * f_D)
+            continue
+        total += (until - since) * (n_critic * batch_size * (f_G + 6 * f_D) + g_batch * (3 * f_G + 2 * f_D))
+        total += ("G" in moved) * g_batch * (dense_G - f_G) + ("D" in moved) * 2 * batch_size * (dense_D - f_D)
+        if ratio_every:
+            total += (until // ratio_every - since // ratio_every) * (g_batch * (f_G + f_D) + batch_size * f_D)
+    return total
+
+
+# ==================================================================================================
+# 8. COMMAND LINE: settings, checks, one short function per method, the run folder, the table. Only
+#    this section prints (and the progress line of `train`), and only here are there settings.
+
+DEFAULTS = dict(method="ddst", dataset="shapes", seed=0, width=1.0, density=0.2, grow="gradient", band=[0.45, 0.55],
+                max_density_D=1.0, ratio_every=10, eval_images=2000)
+SHAPES_PRESET = dict(width=0.125, n_critic=1, batch_size=16, lr=1e-3, steps=4000, density=0.3)    # minutes on two cores
+CPU_SIZE = dict(width=0.25, n_critic=1, batch_size=32)      # what a CPU can train on photographs in 20 minutes
+CHANGE, FLOOR = 0.05, 0.05          # DDST: one change of D's density, and where it ends (shares of D's weights)
+HEALTHY = (0.4, 0.65)               # where the balance ratio of good runs settles (Wang et al. 2023, our reading)
+
+READ_BY = {                         # flags that only some methods read; a flag that is not read is refused
+    "density": ("static", "sdst", "ddst"), "density_D": ("static", "sdst", "ddst"),
+    "update_every": ("sdst", "ddst"), "grow": ("sdst", "ddst"), "max_density_D": ("ddst",), "band": ("ddst",),
+}
+FOR_EVALUATE = {"evaluate", "features", "inception_weights", "eval_images", "device", "data"}
+NOT_IDENTITY = {"device", "out", "data", "checkpoint_s", "features", "inception_weights", "environment"}
+
+
+def parse(argv):
+    """The flags that were given, as a dict; argparse's defaults are None, `resolve` has ours."""
+    parser = argparse.ArgumentParser(prog="lottery.py", allow_abbrev=False,
+                                     description="Sparse training of GANs: dense, static, SDST, DDST.",
+                                     epilog="The same command again continues a run that was cut off.")
+    add = parser.add_argument
+    add("--method", help="dense, static, sdst or ddst (default ddst)")
+    add("--dataset", help="shapes (built in), mnist, fashion_mnist, cifar10, stl10, celeba, or a folder of images")
+    add("--model", help=f"{', '.join(MODELS)} (default sngan)")
+    add("--density", type=float, help="share of G's weights kept, 0 < d <= 1 (default 0.2)")
+    add("--steps", type=int, help="updates of G (default 100,000; dcgan, resnet_dcgan 50,000)")
+    add("--batch-size", type=int, help="real images per step of D (default 64)")
+    add("--width", type=float, help="multiplies every channel count of the model (default 1)")
+    add("--seed", type=int, help="of everything that is drawn (default 0)")
+    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda when there is one)")
+    add("--out", help="run folder (default runs/METHOD-MODEL-DATASET-SEED)")
+    more = parser.add_argument_group("data and training")
+    add = more.add_argument
+    add("--data", help="folder that holds the data sets (default data)")
+    add("--image-size", type=int, help="32, 48 or 64 pixels (default by data set; celeba and folders 64)")
+    add("--z", type=int, help="size of the latent vector (default by model)")
+    add("--n-critic", type=int, help="steps of D per step of G (default by model)")
+    add("--lr", type=float, help="learning rate of both networks (default by model)")
+    add("--checkpoint-s", type=float, help="seconds between checkpoints (default 120)")
+    more = parser.add_argument_group("sparse training")
+    add = more.add_argument
+    add("--density-D", type=float, help="share of D's weights kept; at the start, for ddst (default 1; ddst: as --density)")
+    add("--max-density-D", type=float, help="ddst: most of D's weights that may be kept; 0.5 is the strict variant (default 1)")
+    add("--update-every", type=int, help="steps between updates of G's mask; 0 holds it still (default steps/200, at least 20)")
+    add("--grow", help="grow weights by gradient or random (default gradient)")
+    add("--band", type=float, nargs=2, metavar=("LOW", "HIGH"), help="ddst: balance ratios that D is kept in (default .45 .55)")
+    add("--ratio-every", type=int, help="steps between measurements of the balance ratio (default 10)")
+    more = parser.add_argument_group("measuring")
+    add = more.add_argument
+    add("--eval-every", type=int, help="steps between evaluations (default steps/10)")
+    add("--eval-images", type=int, help="most images on either side of a distance (default 2,000)")
+    add("--features", help="random (default) or inception")
+    add("--inception-weights", metavar="FILE", help="the FID network's weights (default: torch.hub's cache or download)")
+    add("--evaluate", metavar="DIR", help="measure a finished run again")
+    add("--table", metavar="DIR", nargs="+", help="print finished runs side by side, mean and sd over seeds")
+
+    def error(message):
+        raise ValueError(message)
+
+    parser.error = error            # argparse would print its usage too; one line says it
+    return {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
+
+
+def choose(name, value, choices):
+    """ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"--{name} is one of {', '.join(choices)}; got {value!r}")
+
+
+def resolve(given):
+    """All settings of a run from the flags given: flag, else preset, else model's, else common default."""
+    method, dataset = given.get("method", DEFAULTS["method"]), given.get("dataset", DEFAULTS["dataset"])
+    choose("method", method, METHODS)
+    model = given.get("model", "sngan")
+    choose("model", model, MODELS)
+    for flag, readers in READ_BY.items():
+        if flag in given and method not in readers:
+            raise ValueError(f"--{flag.replace('_', '-')} is not read by {method}; it is read by {', '.join(readers)}")
+    s = {**DEFAULTS, **MODELS[model], **(SHAPES_PRESET if dataset == "shapes" else {}), **given}
+    kind = DATASETS.get(dataset, DATASETS["folder"])
+    s.update(method=method, dataset=dataset, model=model, channels=kind["channels"], flip=kind["flip"])
+    s.setdefault("image_size", kind["size"])
+    for name, least in dict(steps=1, batch_size=2, n_critic=1, z=1, ratio_every=1, seed=0, update_every=0,
+                            eval_every=1, eval_images=1, checkpoint_s=0).items():
+        if name in s and not s[name] >= least:
+            raise ValueError(f"--{name.replace('_', '-')} is at least {least}; got {s[name]}")
+    if not 0 < s["lr"] < math.inf:
+        raise ValueError(f"--lr is a positive number; got {s['lr']}")
+    if not 0 < s["width"] <= 16:
+        raise ValueError(f"--width multiplies the channel counts, 0 < width <= 16; got {s['width']}")
+    if s["image_size"] not in (32, 48, 64):
+        raise ValueError(f"--image-size is 32, 48 or 64, what the models are built for; got {s['image_size']}")
+    if not -math.inf < s["band"][0] <= s["band"][1] < math.inf:
+        raise ValueError(f"--band takes two numbers, LOW <= HIGH; got {s['band'][0]} {s['band'][1]}")
+    choose("grow", s["grow"], ("gradient", "random"))
+    choose("features", s.get("features", "random"), ("random", "inception"))
+    s.setdefault("density_D", s["density"] if method == "ddst" else 1.0)
+    if dataset == "shapes" and method == "ddst" and "density_D" not in given:
+        s["density_D"] = min(0.5, s["max_density_D"])         # the preset starts D above G: half of it
+    for flag in ("density", "density_D", "max_density_D"):
+        check_density(s[flag], f"--{flag.replace('_', '-')}")
+    if method == "ddst" and s["density_D"] > s["max_density_D"]:
+        raise ValueError(f"D starts with {s['density_D']} of its weights, above --max-density-D {s['max_density_D']}; "
+                         f"pass a smaller --density-D or a larger --max-density-D")
+    for flag, readers in READ_BY.items():                     # what a method does not read is no setting of its run
+        if method not in readers:
+            s[flag] = None
+    every, every_D, first = gan_schedule(s["steps"], s.get("update_every"), s["max_density_D"] not in (None, 1.0))
+    if method in ("sdst", "ddst"):
+        s["update_every"] = every
+    s.update(update_every_D=every_D if method == "ddst" else None, first_D=first if method == "ddst" else None,
+             window=every_D)
+    s.setdefault("eval_every", max(1, s["steps"] // 10))
+    s.setdefault("data", "data"), s.setdefault("checkpoint_s", 120.0), s.setdefault("features", "random")
+    s.setdefault("inception_weights", None)
+    s["device"] = str(pick_device(given.get("device")))
+    s.setdefault("out", f"runs/{method}-{model}-{Path(dataset).name}-{s['seed']}")
+    return s
+
+
+def pick_device(name=None):
+    """torch.device by name, or the best there is. ValueError when it is not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device is cpu, cuda, cuda:1, ...; got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is cpu or cuda; got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this torch sees {torch.cuda.device_count()} CUDA devices; pass --device cpu")
+    return device
+
+
+class Job(NamedTuple):
+    """What the methods share: settings, run folder, device, images (N, C, S, S) uint8, feature network."""
+    settings: dict
+    folder: Path
+    device: torch.device
+    images: torch.Tensor
+    held_out: torch.Tensor
+    network: nn.Module
+
+
+def check_folder(folder, settings):
+    """Refuse a run folder that cannot be ours, before anything is written. ValueError, one line.
+
+    Another run's settings, a damaged checkpoint, a folder with other things in it, a path below a file.
+    """
+    place = folder
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(f"--out {folder}: {place} is a file; name a folder")
+    if not folder.exists():
+        return
+    config = folder / "config.json"
+    if not config.exists():
+        if strangers := [p.name for p in folder.iterdir() if not p.name.startswith(".")]:
+            raise ValueError(f"--out {folder} holds {strangers[0]} but no config.json, so it is no run folder; name another")
+        return
+    theirs = read_json(config)
+    # `data_images` is known only once the data are loaded; `load_job` compares it.
+    compare_settings(folder, theirs, {k: v for k, v in settings.items() if k != "data_images"}, ignore={"data_images"})
+    for path in [folder / "last.pt", *folder.glob("done-*.pt"), folder / "model.pt"]:
+        if path.exists():
+            load_torch(path)
+
+
+def compare_settings(folder, theirs, ours, ignore=frozenset()):
+    """ValueError that names every setting in which the run in `folder` differs from `ours`."""
+    ours = json.loads(json.dumps(ours))
+    names = (set(theirs) | set(ours)) - NOT_IDENTITY - set(ignore)
+    differ = [f"{n} {theirs.get(n)} there, {ours.get(n)} here" for n in sorted(names) if theirs.get(n) != ours.get(n)]
+    if differ:
+        raise ValueError(f"--out {folder} holds another run: {'; '.join(differ)}. Name another --out")
+
+
+def read_json(path):
+    """The dict in a JSON file; ValueError with its name when it is damaged."""
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+        return content
+    except (ValueError, OSError) as error:
+        raise ValueError(f"cannot read {path} ({str(error)[:80]}); restore a copy or name another folder") from None
+
+
+def write_json(path, content):
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a run folder for this process; ValueError when another process has it. The lock is the
+    kernel's and ends with the process, however that ends, so there is no stale lock file to delete."""
+    try:
+        import fcntl
+    except ImportError:                                       # no such locks on Windows: go without
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"--out {folder} is in use by another process; wait for it or name another") from None
+    finally:
+        os.close(handle)
+
+
+def load_job(settings):
+    """Images, device and feature network of a run. ValueError when something is missing; writes no run folder."""
+    s = settings
+    size, least = s["image_size"], s["batch_size"]
+    images, _ = load_images(s["dataset"], s["data"], size, True, least)
+    held_out, _ = load_images(s["dataset"], s["data"], size, False)
+    if len(images) < least:
+        raise ValueError(f"a batch of {least} is larger than the {len(images)} training images; pass a smaller --batch-size")
+    s["data_images"], device = len(images), torch.device(s["device"])
+    network = feature_network(s["features"], s["inception_weights"]).to(device)
+    fits = device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] / 2
+    return Job(s, Path(s["out"]), device, images.to(device) if fits else images, held_out, network)
+
+
+def start_networks(job):
+    s = job.settings
+    return build(s["model"], s["image_size"], s["channels"], s["width"], s["z"], s["seed"]).to(job.device)
+
+
+def start_masks(nets, densities, seed):
+    """Flat ERK masks of the networks in `densities` {role: share}, drawn from the seed."""
+    return {f"{role}.{name}": mask for role, share in densities.items()
+            for name, mask in random_masks(prunable_parameters(nets[role]), share, rng(seed, 0, f"masks {role}")).items()}
+
+
+# Methods: which masks there are at the start, and what moves them. Everything else is `train_gan`.
+
+def run_dense(job):
+    return train_gan(job, start_networks(job), {})
+
+
+def run_static(job):
+    s, nets = job.settings, start_networks(job)
+    return train_gan(job, nets, start_masks(nets, static_densities(s), s["seed"]))
+
+
+def run_sdst(job):
+    s, nets = job.settings, start_networks(job)
+    return train_gan(job, nets, start_masks(nets, static_densities(s), s["seed"]),
+                     update_every=s["update_every"], how=s["grow"])
+
+
+def run_ddst(job):
+    s, nets = job.settings, start_networks(job)
+    masks = start_masks(nets, {"G": s["density"], "D": s["density_D"]}, s["seed"])
+    total, count = sum(m.numel() for m in of_role(masks, "D").values()), kept(of_role(masks, "D"))
+    control = dict(every=s["update_every_D"], first=s["first_D"], low=s["band"][0], high=s["band"][1],
+                   change=round(CHANGE * total), floor=min(round(FLOOR * total), count),
+                   cap=round(s["max_density_D"] * total))
+    return train_gan(job, nets, masks, update_every=s["update_every"], how=s["grow"], control=control)
+
+
+METHODS = {"dense": run_dense, "static": run_static, "sdst": run_sdst, "ddst": run_ddst}
+
+
+def static_densities(s):
+    """A dense D has no masks at all: nothing to multiply, nothing to store."""
+    return {"G": s["density"], **({"D": s["density_D"]} if s["density_D"] < 1 else {})}
+
+
+def train_gan(job, nets, masks, **dynamics):
+    """Train a GAN under `masks`, measure it, and leave model.pt, samples.png and summary.json."""
+    s, name = job.settings, job.settings["method"]
+    state, optimizers, ema = {}, gan_optimizers(nets, s), nn.ModuleDict()
+    if s["ema"]:
+        ema["G"] = copy.deepcopy(nets["G"]).requires_grad_(False)
+    moves = dynamic_gan(nets, optimizers, masks, state, steps=s["steps"], seed=s["seed"],
+                        ratio_every=s["ratio_every"], window_steps=s["window"], **dynamics)
+    print_header(s, nets, masks, len(job.images))
+    estimate(job, nets, masks)
+
+    def usable():
+        return generator_for_use(nets["G"], ema["G"] if ema else None, s["seed"], s["batch_size"])
+
+    def after_step(step, out):
+        end = moves(step, out)
+        explain_ratio(state, step, s["steps"])
+        return end
+
+    distance = make_distance(job)
+
+    def evaluate(step):
+        G = usable()
+        save_samples(job.folder / "samples.png", G, s["seed"])
+        return distance(G)
+
+    done = train(nets, gan_step_fn(s, job.images, nets, optimizers, masks, job.device), s["steps"], optimizers=optimizers,
+                 masks=masks, after_step=after_step, state=state, ema=ema, ema_longest=s["ema"], evaluate=evaluate,
+                 eval_every=s["eval_every"], folder=job.folder, name=name, checkpoint_s=s["checkpoint_s"],
+                 images_per_step=s["batch_size"] * s["n_critic"])
+    summary = summarise(s, nets, masks, state, done)
+    G, weights = usable(), nets.state_dict()
+    weights.update({f"G.{key}": value for key, value in G.state_dict().items()})
+    save_torch(job.folder / "model.pt", {"format": 1, "settings": {k: v for k, v in s.items() if k != "environment"},
+                                         "weights": weights, "masks": to_bool(masks),
+                                         "metrics": {k: summary[k] for k in ("metric", "value", "floor", "kid")}})
+    save_samples(job.folder / "samples.png", G, s["seed"])
+    write_json(job.folder / "summary.json", summary)
+    return summary
+
+
+def gan_optimizers(nets, s):
+    return {role: make_optimizer(s["optimizer"], nets[role], s["lr"], s["betas"]) for role in ("G", "D")}
+
+
+def gan_step_fn(s, images, nets, optimizers, masks, device):
+    """The step_fn of `train`: gan_step with batches and latents that are functions of (seed, step)."""
+    B, n_critic, split = s["batch_size"], s["n_critic"], {role: of_role(masks, role) for role in ("G", "D")}
+
+    def step_fn(step):
+        def draw_real(k):
+            return batch(images, (step * n_critic + k) * B, B, s["seed"], s["flip"], device)
+
+        def draw_latents(role, k):      # G's batch is a multiple of D's, its latents its own
+            return latents(B * (s["g_batches"] if role == "G" else 1), s["z"], s["seed"], step, f"latents {role}", k, device)
+
+        return gan_step(nets["G"], nets["D"], optimizers, draw_real, draw_latents, s["objective"], n_critic, s["clip"], split)
+
+    return step_fn
+
+
+def seconds_per_step(s, images, device, masks=None):
+    """Time of one step under settings `s`, on networks of its own: two steps, the second one counts."""
+    nets = build(s["model"], s["image_size"], s["channels"], s["width"], s["z"], s["seed"]).to(device)
+    step_fn = gan_step_fn(s, images, nets, gan_optimizers(nets, s), masks or {}, device)
+    for step in range(2):
+        began = time.perf_counter()
+        float(step_fn(step)["losses"]["G"])                   # float waits for the device
+        took = time.perf_counter() - began
+        if took > 5:
+            break
+    return took
+
+
+def estimate(job, nets, masks):
+    """Say how long the run takes on this device; when that is over six hours, which command fits."""
+    s = job.settings
+    total = s["steps"] * seconds_per_step(s, job.images, job.device, masks)
+    print(f"{s['steps']:,} steps take about {duration(total)} on this {job.device.type}, evaluations aside", flush=True)
+    if total < 6 * 3600:
+        return
+    small = {**s, "width": min(s["width"], CPU_SIZE["width"]), "n_critic": 1,
+             "batch_size": min(s["batch_size"], CPU_SIZE["batch_size"])}
+    step_s = seconds_per_step(small, job.images, job.device)
+    steps = min(s["steps"], max(100, round(1200 / step_s, -2)))
+    print(f"about {duration(steps * step_s)} here: python lottery.py --method {s['method']} --dataset {s['dataset']} "
+          f"--model {s['model']} --width {small['width']:g} --n-critic 1 --batch-size {small['batch_size']} "
+          f"--steps {steps:.0f} --out {s['out']}-small", flush=True)
+
+
+def print_header(s, nets, masks, count):
+    """The resolved settings that matter, in a few lines."""
+    print(f"{s['method']} of {s['model']} on {s['dataset']}: {count:,} images of {s['image_size']} px, seed {s['seed']}, {s['device']}")
+    for role, net in nets.items():
+        weights, shares = sum(p.numel() for p in prunable_parameters(net).values()), role_densities(nets, masks)
+        print(f"  {role}: {sum(p.numel() for p in net.parameters()):,} parameters, {weights:,} of them prunable, "
+              f"{100 * shares[f'density_{role}']:.1f}% kept")
+    print(f"  {s['steps']:,} steps x {s['n_critic']} batches of {s['batch_size']}, lr {s['lr']:g}, {s['objective']}"
+          + (f", G's mask moves every {s['update_every']} steps by {s['grow']}" if s["update_every"] else "")
+          + (f", D's may change every {s['update_every_D']} from step {s['first_D']}, band {s['band'][0]:g} to {s['band'][1]:g}, "
+             f"at most {100 * s['max_density_D']:g}%" if s["method"] == "ddst" else ""))
+
+
+def explain_ratio(state, step, steps):
+    """One line, once a side, when the smoothed balance ratio leaves the healthy range after the start."""
+    ratio = state["log"].get("balance_ratio", math.nan)
+    side = "high" if ratio > HEALTHY[1] else "low" if ratio < HEALTHY[0] else None
+    if side and step > steps // 20 and side not in state.get("told", []):
+        state["told"] = [*state.get("told", []), side]
+        means = ("G overtakes D, which is too weak to teach it: a denser D helps" if side == "high" else
+                 "G wins back little of D's lead, D is the stronger: a sparser D is cheaper and may be better")
+        print(f"balance ratio {ratio:.2f} at step {step:,}, {'above' if side == 'high' else 'below'} "
+              f"{HEALTHY[0]} to {HEALTHY[1]}: {means}", flush=True)
+
+
+def make_distance(job):
+    """-> (G) -> {"metric_name", "metric", "kid", "floor"}: distance of G's images to the held-out ones.
+
+    n images on both sides; the floor is as many training images against the same held-out ones.
+    With fewer than 640 (ten times the 64 features) the numbers would be mostly bias: none is given.
+    """
+    s = job.settings
+    n = min(50_000 if s["features"] == "inception" and len(job.held_out) >= 50_000 else s["eval_images"], len(job.held_out))
+    if n < 640:
+        print(f"no distance: {n} held-out images are too few, 640 are needed; training goes on")
+        return lambda G: {}
+    real, other = (extract(images[:n], job.network) for images in (job.held_out, job.images))
+    floor = frechet_distance(real, other)
+
+    def distance(G):
+        fake = extract(sample_images(G, n, s["seed"], "evaluate"), job.network)
+        return {"metric_name": metric_name(s["features"], n), "metric": frechet_distance(real, fake),
+                "kid": kernel_distance(real, fake, rng(s["seed"], 0, "kid"))[0], "floor": floor}
+
+    return distance
+
+
+def save_samples(path, G, seed):
+    """8 x 8 images from fixed latents as one PNG."""
+    utils = import_torchvision().utils
+    grid = utils.make_grid(sample_images(G, 64, seed).float() / 255, nrow=8, padding=1)
+    write_atomically(path, lambda file: utils.save_image(grid, file, format="png"))
+
+
+def summarise(s, nets, masks, state, done):
+    """The row of --table as a dict; null where something does not apply."""
+    weights = prunable_parameters(nets)
+    counts = {name: int(torch.count_nonzero(masks[name])) if name in masks else w.numel() for name, w in weights.items()}
+    positions, sizes = gan_positions(nets, s["image_size"], s["channels"]), {n: w.numel() for n, w in weights.items()}
+    run = (done.step, positions, sizes, s["batch_size"], s["n_critic"], s["batch_size"] * s["g_batches"])
+    dense = [[0, {}, []]]
+    log, first, last = state.get("log", {}), done.rows[0], done.rows[-1]
+    return {"method": s["method"], "model": s["model"], "dataset": s["dataset"], "seed": s["seed"], "steps": done.step,
+            "density": sum(counts.values()) / sum(sizes.values()), **role_densities(nets, masks),
+            "metric": last.get("metric_name"), "value": last.get("metric"), "untrained": first.get("metric"),
+            "floor": last.get("floor"), "kid": last.get("kid"), "balance_ratio": finite(log.get("balance_ratio")),
+            "parameters": sum(p.numel() for p in nets.parameters()),
+            "kept": sum(p.numel() for p in nets.parameters()) - sum(sizes.values()) + sum(counts.values()),
+            "macs": sum(positions[n] * counts[n] for n in weights),
+            "macs_relative": sum(positions[n] * counts[n] for n in weights) / sum(positions[n] * sizes[n] for n in weights),
+            "training_macs_relative": gan_training_macs(state["history"], *run, ratio_every=s["ratio_every"])
+            / gan_training_macs(dense, *run),
+            "training_macs_relative_paper": gan_training_macs(state["history"], *run, paper=True)
+            / gan_training_macs(dense, *run, paper=True),
+            "seconds": round(done.seconds, 1), "actions_D": state.get("actions", {}),
+            "layers": {n: counts[n] / sizes[n] for n in weights}, "width": s["width"], "batch_size": s["batch_size"]}
+
+
+def finite(value):
+    """`value`, or None when there is none or it is not finite (JSON has no inf)."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def table(summaries):
+    """Runs side by side as text; runs that differ only in the seed are one row, mean ± sd."""
+    columns = [("method", "method", "{}"), ("model", "model", "{}"), ("dataset", "dataset", "{}"), ("steps", "steps", "{:,.0f}"),
+               ("G kept", "density_G", "{:.1%}"), ("D kept", "density_D", "{:.1%}"), ("", "value", "{:.4f}"),
+               ("untrained", "untrained", "{:.4f}"), ("real v. real", "floor", "{:.4f}"), ("KID", "kid", "{:.4f}"),
+               ("BR", "balance_ratio", "{:.2f}"), ("weights", "kept", "{:,.0f}"), ("MACs", "macs_relative", "{:.1%}"),
+               ("train MACs", "training_macs_relative", "{:.1%}"), ("seconds", "seconds", "{:,.0f}")]
+    groups = {}
+    for summary in summaries:
+        key = tuple(str(summary.get(k)) for k in ("method", "model", "dataset", "steps", "metric", "width", "batch_size", "settings"))
+        groups.setdefault(key, []).append(summary)
+    names = sorted({str(s.get("metric")) for s in summaries if s.get("metric")})
+    rows = [[names[0] if title == "" and len(names) == 1 else title or "distance" for title, _, _ in columns] + ["seeds"]]
+    for runs in groups.values():
+        cells = []
+        for title, key, form in columns:
+            values = [run[key] for run in runs if run.get(key) is not None]
+            if not values or isinstance(values[0], str):
+                cells.append(values[0] if values else "-")
+            else:
+                cells.append(form.format(np.mean(values)))
+                if len(values) > 1 and np.std(values) > 0:
+                    cells[-1] += " ± " + form.format(np.std(values, ddof=1))
+            if title == "" and len(names) > 1 and runs[0].get("metric"):
+                cells[-1] += f" {runs[0]['metric']}"
+        rows.append([*cells, str(len(runs))])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def load_model(path, device="cpu"):
+    """(networks, saved) from a model.pt: nn.ModuleDict in eval mode, G with its averaged weights, masked;
+    and the file's dict of settings, masks and metrics. Runs no code from the file."""
+    saved = load_torch(path, device)
+    try:
+        s = saved["settings"]
+        nets = build(s["model"], s["image_size"], s["channels"], s["width"], s["z"], 0).to(device)
+        nets.load_state_dict(saved["weights"])
+        apply_masks_(nets, {name: mask.float() for name, mask in saved["masks"].items()})
+    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no model.pt of this program: {str(error).strip().splitlines()[0][:100]}") from None
+    return nets.eval(), saved
+
+
+def run_evaluate(given):
+    """--evaluate DIR: the distance of a finished run's generator, with these features and images."""
+    if unread := set(given) - FOR_EVALUATE:
+        flags = ", ".join(f"--{f.replace('_', '-')}" for f in sorted(FOR_EVALUATE - {"evaluate"}))
+        raise ValueError(f"--{unread.pop().replace('_', '-')} is not read with --evaluate; {flags} are")
+    folder = Path(given["evaluate"])
+    if not (folder / "model.pt").exists():
+        raise ValueError(f"no finished run in {folder}: it has no model.pt; name a run folder whose training has ended")
+    device = pick_device(given.get("device"))
+    nets, saved = load_model(folder / "model.pt", device)
+    keep = {k: v for k, v in given.items() if k in FOR_EVALUATE}
+    job = load_job({**saved["settings"], "features": "random", "inception_weights": None, **keep, "device": str(device)})
+    result = make_distance(job)(nets["G"])
+    if result:
+        print(f"{folder}: {result['metric_name']} {result['metric']:.4f}, real against real {result['floor']:.4f}, "
+              f"KID {result['kid']:.5f}")
+
+
+def run_table(folders):
+    """--table DIR...: the summaries of finished runs."""
+    summaries = []
+    for folder in map(Path, folders):
+        if not (folder / "summary.json").exists():
+            raise ValueError(f"no finished run in {folder}: it has no summary.json")
+        # Runs are of one row when nothing but the seed differs.
+        config = {k: v for k, v in read_json(folder / "config.json").items() if k not in NOT_IDENTITY | {"seed"}}
+        summaries.append({**read_json(folder / "summary.json"), "settings": json.dumps(config, sort_keys=True)})
+    print(table(summaries))
+
+
+def environment():
+    """What a figure depends on besides the settings; recorded, and its thread count compared on continuing."""
+    return {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
+            "threads": torch.get_num_threads(), "machine": platform.machine(), "processors": os.cpu_count()}
+
+
+def run(given):
+    """Start, continue or show the run that the flags describe."""
+    settings = resolve(given)
+    folder = Path(settings["out"])
+    check_folder(folder, settings)
+    with contextlib.ExitStack() as stack:
+        if folder.exists():
+            stack.enter_context(locked(folder))
+        if (folder / "summary.json").exists():
+            print(f"{folder} is finished")
+            return print(table([read_json(folder / "summary.json")]))
+        job = load_job(settings)
+        config = folder / "config.json"
+        if config.exists():
+            theirs = read_json(config)
+            compare_settings(folder, theirs, settings)
+            if theirs.get("environment", {}).get("threads") != torch.get_num_threads():
+                print(f"continuing with {torch.get_num_threads()} threads instead of "
+                      f"{theirs.get('environment', {}).get('threads')}: the last bits of sums will differ")
+        else:
+            if not folder.exists():
+                folder.mkdir(parents=True)
+                stack.enter_context(locked(folder))
+            write_json(config, {**settings, "environment": environment()})
+        summary = METHODS[settings["method"]](job)
+        print(f"model, samples and metrics are in {folder}")
+        print(table([summary]))
+
+
+def main(argv=None):
+    """The command line; returns the exit code: 0, 2 for bad input, 1 for a training that diverged."""
+    try:
+        given = parse(argv)
+        if "table" in given:
+            if len(given) > 1:
+                raise ValueError("--table stands alone, with the run folders behind it")
+            run_table(given["table"])
+        elif "evaluate" in given:
+            run_evaluate(given)
+        else:
+            run(given)
+    except (ValueError, OSError) as error:
+        print(f"lottery.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"lottery.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("lottery.py: stopped; the same command again goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
