@@ -96,7 +96,7 @@ def shapes(count, size=32, seed=0):
     images, labels = torch.empty(count, 3, size, size, dtype=torch.uint8), (draws[:, 0] * 3).long()
     for rows in torch.arange(count).split(1000):
         _, cx, cy, radius, hue, glow, ground, _ = (d.view(-1, 1, 1) for d in draws[rows].T)
-        u, v, r = x - (cx - 0.5) * 0.4, y - (cy - 0.5) * 0.4, 0.5 + 0.15 * radius     # (b, S, S), (b, 1, 1)
+        u, v, r = x - (cx - 0.5) * 0.3, y - (cy - 0.5) * 0.3, 0.55 + 0.2 * radius     # (b, S, S), (b, 1, 1)
         circle = r - (u * u + v * v).sqrt()                                           # > 0 inside
         square = 0.85 * r - torch.maximum(u.abs(), v.abs())
         triangle = torch.minimum(0.6 * r - v, 0.5 * (v + r) - 0.87 * u.abs())         # tip up
@@ -433,7 +433,8 @@ def build(model, size=32, channels=3, width=1.0, z=None, seed=0):
     """nn.ModuleDict {"G", "D"} of a freshly initialised GAN: G (B, z) -> images, D images -> (B, 1) logits.
 
     Initialised under a seed of its own; the caller's random state stays as it is. sngan: Xavier
-    uniform weights, zero biases; the others keep PyTorch's default.
+    uniform weights, zero biases; the others keep PyTorch's default. Convolution weights lie in memory
+    channels last, which takes a quarter off a step on a CPU; values and names are the same.
     """
     if model not in MODELS:
         raise ValueError(f"model is one of {', '.join(MODELS)}; got {model!r}")
@@ -459,7 +460,7 @@ def build(model, size=32, channels=3, width=1.0, z=None, seed=0):
                         nn.init.zeros_(layer.bias)
                     if role == "D":           # after the init, since it keeps the raw weight under another name
                         nn.utils.parametrizations.spectral_norm(layer)
-    return nets
+    return nets.to(memory_format=torch.channels_last)
 
 
 # ==================================================================================================
@@ -893,6 +894,7 @@ def train(nets, step_fn, steps, *, optimizers, start=0, masks=None, after_step=N
 
     if step == start and evaluate:
         row(evaluate(step))
+    loop_began = time.perf_counter()
     while step < steps:
         out = step_fn(step)
         step += 1
@@ -909,8 +911,8 @@ def train(nets, step_fn, steps, *, optimizers, start=0, masks=None, after_step=N
         elif (step - start) % log_every == 0:
             row({})
         now = time.perf_counter()
-        if end or now - shown > 10 or step == begun_at + 2:
-            show(progress_line(step, steps, out["losses"], state.get("log", {}), (now - began) / (step - begun_at),
+        if end or now - shown > 10:
+            show(progress_line(step, steps, out["losses"], state.get("log", {}), (now - loop_began) / (step - begun_at),
                                images_per_step))
             shown = now
         if folder and not end and now - checked >= checkpoint_s:
@@ -1439,7 +1441,7 @@ def gan_training_macs(history, steps, positions, sizes, batch_size, n_critic, g_
 
 DEFAULTS = dict(method="ddst", dataset="shapes", seed=0, width=1.0, density=0.2, grow="gradient", band=[0.45, 0.55],
                 max_density_D=1.0, ratio_every=10, eval_images=2000)
-SHAPES_PRESET = dict(width=0.125, n_critic=1, batch_size=16, lr=1e-3, steps=4000, density=0.3)    # minutes on two cores
+SHAPES_PRESET = dict(width=0.125, n_critic=1, batch_size=16, lr=1e-3, steps=2000, density=0.3)    # minutes on two cores
 CPU_SIZE = dict(width=0.25, n_critic=1, batch_size=32)      # what a CPU can train on photographs in 20 minutes
 CHANGE, FLOOR = 0.05, 0.05          # DDST: one change of D's density, and where it ends (shares of D's weights)
 HEALTHY = (0.4, 0.65)               # where the balance ratio of good runs settles (Wang et al. 2023, our reading)
