@@ -134,12 +134,13 @@ def decode_folder(folder, size, crop=None):
                 image = ImageOps.exif_transpose(image).convert("RGB")
                 side = min(crop or max(image.size), *image.size)
                 left, top = ((length - side) // 2 for length in image.size)
-                return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR,
-                                               box=(left, top, left + side, top + side)))
+                image = image.crop((left, top, left + side, top + side))
+                return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return f"skipped {path}: {error}"
 
-    folder, paths = Path(folder).resolve(), list_images(folder)
+    folder = Path(folder).resolve()
+    paths = list_images(folder)
     listing = "\n".join(f"{p.relative_to(folder)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in paths)
     digest = hashlib.sha256(f"{crop}\n{listing}".encode()).hexdigest()[:12]
     cache = folder.parent / f"{folder.name}-{size}-{digest}.npy"
@@ -818,7 +819,8 @@ def write_rows(folder, name, rows):
         with open(path, newline="") as file:
             others = [row for row in csv.DictReader(file) if row["training"] != name]
     text = io.StringIO()
-    fields = list(dict.fromkeys(key for row in [*others, *rows] for key in row))
+    fields = sorted(dict.fromkeys(key for row in [*others, *rows] for key in row),
+                    key=lambda key: not key.startswith(("training", "step", "seconds", "loss_")))
     writer = csv.DictWriter(text, fields)
     writer.writeheader()
     writer.writerows([*others, *rows])
@@ -884,7 +886,7 @@ def train(nets, step_fn, steps, *, optimizers, start=0, masks=None, after_step=N
         means = torch.stack(recent).mean(0).tolist() if recent else []
         recent.clear()
         rows.append({"training": name, "step": step, "seconds": round(seconds(), 2),
-                     **{f"loss_{role}": mean for role, mean in zip(roles or [], means)}, **state.get("log", {}), **numbers})
+                     **{f"loss_{role}": mean for role, mean in zip(roles or [], means)}, **numbers, **state.get("log", {})})
         if folder:
             write_rows(folder, name, rows)
 
@@ -1573,13 +1575,15 @@ def pick_device(name=None):
 
 
 class Job(NamedTuple):
-    """What the methods share: settings, run folder, device, images (N, C, S, S) uint8, feature network."""
+    """What the methods share: settings, device, images (N, C, S, S) uint8, feature network, run folder.
+    `claim` makes the folder this run's; called when nothing is left that could be refused."""
     settings: dict
-    folder: Path
     device: torch.device
     images: torch.Tensor
     held_out: torch.Tensor
     network: nn.Module
+    folder: Path
+    claim: object
 
 
 def check_folder(folder, settings):
@@ -1650,7 +1654,7 @@ def locked(folder):
         os.close(handle)
 
 
-def load_job(settings):
+def load_job(settings, claim=None):
     """Images, device and feature network of a run. ValueError when something is missing; writes no run folder."""
     s = settings
     size, least = s["image_size"], s["batch_size"]
@@ -1661,7 +1665,7 @@ def load_job(settings):
     s["data_images"], device = len(images), torch.device(s["device"])
     network = feature_network(s["features"], s["inception_weights"]).to(device)
     fits = device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] / 2
-    return Job(s, Path(s["out"]), device, images.to(device) if fits else images, held_out, network)
+    return Job(s, device, images.to(device) if fits else images, held_out, network, Path(s["out"]), claim)
 
 
 def start_networks(job):
@@ -1712,6 +1716,7 @@ def static_densities(s):
 
 def train_gan(job, nets, masks, **dynamics):
     """Train a GAN under `masks`, measure it, and leave model.pt, samples.png and summary.json."""
+    job.claim()
     s, name = job.settings, job.settings["method"]
     state, optimizers, ema = {}, gan_optimizers(nets, s), nn.ModuleDict()
     if s["ema"]:
@@ -1974,19 +1979,20 @@ def run(given):
         if (folder / "summary.json").exists():
             print(f"{folder} is finished")
             return print(table([read_json(folder / "summary.json")]))
-        job = load_job(settings)
-        config = folder / "config.json"
-        if config.exists():
+
+        def claim():
+            config = folder / "config.json"
+            if not config.exists():
+                if not folder.exists():
+                    folder.mkdir(parents=True)
+                    stack.enter_context(locked(folder))
+                return write_json(config, {**settings, "environment": environment()})
             theirs = read_json(config)
             compare_settings(folder, theirs, settings)
-            if theirs.get("environment", {}).get("threads") != torch.get_num_threads():
-                print(f"continuing with {torch.get_num_threads()} threads instead of "
-                      f"{theirs.get('environment', {}).get('threads')}: the last bits of sums will differ")
-        else:
-            if not folder.exists():
-                folder.mkdir(parents=True)
-                stack.enter_context(locked(folder))
-            write_json(config, {**settings, "environment": environment()})
+            if (threads := theirs.get("environment", {}).get("threads")) != torch.get_num_threads():
+                print(f"continuing with {torch.get_num_threads()} threads instead of {threads}: the last bits of sums will differ")
+
+        job = load_job(settings, claim)
         summary = METHODS[settings["method"]](job)
         print(f"model, samples and metrics are in {folder}")
         print(table([summary]))

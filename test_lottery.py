@@ -1,0 +1,1330 @@
+"""Tests of lottery.py, under the banners of the file and in its order. No network, no GPU, no data set.
+
+Kinds: by hand; invariant; second opinion (PyTorch's own pruning, torchvision's own blocks, a plain
+training loop); the command line, in process and as a real command. `python test_lottery.py` runs no
+test: it prints the ratios that README quotes (make bench).
+"""
+import contextlib
+import copy
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.nn.utils.prune
+from torch import nn
+
+import lottery as L
+
+HERE = Path(__file__).resolve().parent
+torch.set_num_threads(1)        # the networks here are too small to share; the real commands below use all cores
+TINY = "--width 0.03 --batch-size 4 --eval-images 640".split()          # a step in about 10 ms
+
+
+def tiny(model="sngan", seed=0, width=0.03, size=32):
+    return L.build(model, size, 3, width, seed=seed)
+
+
+def settings(**given):
+    return L.resolve({"dataset": "shapes", "batch_size": 4, "width": 0.03, "device": "cpu", **given})
+
+
+def trained(s, steps=None, masks=None, folder=None, evaluate=None, eval_every=0, checkpoint_s=120.0, **dynamics):
+    """Train a tiny GAN on 300 shapes without the command line; returns (nets, masks, ema, Trained)."""
+    nets = L.build(s["model"], 32, 3, s["width"], s["z"], s["seed"])
+    masks = {} if masks is None else masks(nets)
+    state, ema, optimizers = {}, nn.ModuleDict({"G": copy.deepcopy(nets["G"])}), L.gan_optimizers(nets, s)
+    after = L.dynamic_gan(nets, optimizers, masks, state, steps=steps or s["steps"], seed=s["seed"],
+                          **{"window_steps": 40, **dynamics})
+    step_fn = L.gan_step_fn(s, L.shapes(300)[0], nets, optimizers, masks, torch.device("cpu"))
+    done = L.train(nets, step_fn, steps or s["steps"], optimizers=optimizers, masks=masks, after_step=after, state=state,
+                   ema=ema, evaluate=evaluate and (lambda step: evaluate(nets, ema)), eval_every=eval_every, folder=folder,
+                   checkpoint_s=checkpoint_s, show=lambda line: None)
+    return nets, masks, ema, done, state
+
+
+def both_masks(nets, d_G=0.3, d_D=0.5, seed=0):
+    return L.start_masks(nets, {"G": d_G, "D": d_D}, seed)
+
+
+def same(a, b):
+    """Two state dicts (or dicts of tensors) are equal bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def copied(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def test_contents_of_the_docstring_are_the_banners_in_order():
+    text = (HERE / "lottery.py").read_text()
+    banners = re.findall(r"^# (\d+\. [A-Z ]+):", text, re.M)
+    contents = re.findall(r"\d+\. [A-Z]+(?: [A-Z]+)*", L.__doc__.split("Contents")[1].split("(search")[0])
+    assert contents == banners and len(banners) == 8
+    ours = re.findall(r"^# (\d+\. [A-Z ]+)$", (HERE / "test_lottery.py").read_text(), re.M)
+    assert ours == banners
+
+
+def test_importing_prints_and_seeds_nothing_and_needs_torch_only():
+    code = ("import random, sys, torch; a = torch.random.get_rng_state(); import lottery; "
+            "assert torch.equal(a, torch.random.get_rng_state()); assert 'torchvision' not in sys.modules")
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# ==================================================================================================
+# 1. DATA
+
+def test_rng_is_the_same_in_every_process_and_differs_by_each_argument():
+    digest = int.from_bytes(__import__("hashlib").sha256(b"3/7/noise/1").digest()[:8], "big") >> 1
+    assert L.rng(3, 7, "noise", 1).initial_seed() == digest < 2 ** 63
+    others = [L.rng(4, 7, "noise", 1), L.rng(3, 8, "noise", 1), L.rng(3, 7, "order", 1), L.rng(3, 7, "noise", 2)]
+    assert len({g.initial_seed() for g in others} | {digest}) == 5
+
+
+def test_batches_go_through_every_image_once_an_epoch_and_none_is_partial():
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 1, 2, 2)
+    drawn = torch.cat([L.batch(images, 4 * k, 4, seed=1)[:, 0, 0, 0] for k in range(5)])        # 20 = two epochs
+    index = ((drawn + 1) * 127.5).round().int().tolist()
+    assert sorted(index[:10]) == sorted(index[10:]) == list(range(10)) and index[:10] != index[10:]
+    assert L.batch(images, 8, 4, seed=1).shape == (4, 1, 2, 2)                                # straddles the two
+    assert torch.equal(L.batch(images, 8, 4, 1), L.batch(images, 8, 4, 1))
+    assert len(L.batch(images, 3, 25, seed=1)) == 25                                          # more than an epoch
+
+
+def test_batch_values_are_in_minus_one_to_one_and_flips_mirror_about_half():
+    images = torch.zeros(64, 3, 4, 4, dtype=torch.uint8)
+    images[..., 0] = 255
+    plain, flipped = L.batch(images, 0, 64, 0), L.batch(images, 0, 64, 0, flip=True)
+    assert plain.min() == -1 and plain.max() == 1 and torch.equal(L.to_uint8(plain), images)
+    mirrored = flipped[:, 0, 0, -1] == 1
+    assert torch.equal(flipped[mirrored], plain[mirrored].flip(-1)) and torch.equal(flipped[~mirrored], plain[~mirrored])
+    assert 16 < int(mirrored.sum()) < 48
+
+
+def test_shapes_depend_on_seed_and_index_only_and_have_three_kinds():
+    few, many = L.shapes(50, 32, 0), L.shapes(1200, 32, 0)
+    assert torch.equal(few[0], many[0][:50]) and few[0].dtype == torch.uint8
+    assert not torch.equal(few[0], L.shapes(50, 32, 1)[0])
+    assert sorted(set(many[1].tolist())) == [0, 1, 2] and L.shapes(3, 48)[0].shape == (3, 3, 48, 48)
+    big = many[0].amax(1) > 128                                              # large and bright on a dark ground
+    assert (big.float().mean((1, 2)) > 0.08).all() and (big[:, 0].sum() == 0)
+
+
+def pictures(folder, count, size=(40, 50)):
+    from PIL import Image
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        Image.new("RGB", size, (i % 256, 40, 90)).save(folder / f"{i:05d}.png")
+    return folder
+
+
+def test_a_truncated_jpeg_among_good_images_is_named_skipped_and_counted(tmp_path, capsys):
+    from PIL import Image
+    folder = pictures(tmp_path / "own", 12)
+    Image.effect_noise((90, 90), 60).save(folder / "cut.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:900])
+    Image.effect_noise((90, 90), 60).save(folder / "grey.jpg")               # grey becomes three channels
+    images = L.decode_folder(folder, 32)
+    said = capsys.readouterr()
+    assert images.shape == (13, 3, 32, 32) and "cut.jpg" in said.err and "1 of 14 images" in said.out
+    train, held_out = (L.load_images(str(folder), size=32, train=part)[0] for part in (True, False))
+    assert (len(train), len(held_out)) == (12, 1)
+    assert sorted(images.flatten(1).sum(1).tolist()) == sorted(torch.cat([train, held_out]).flatten(1).sum(1).tolist())
+
+
+def test_the_centre_is_cut_out_and_celeba_takes_at_most_178_pixels(tmp_path):
+    from PIL import Image
+    wide = np.zeros((100, 300, 3), np.uint8)
+    wide[:, 100:200] = 200                                                   # the middle square is all 200
+    (tmp_path / "wide").mkdir()
+    Image.fromarray(wide).save(tmp_path / "wide" / "a.png")
+    assert (L.decode_folder(tmp_path / "wide", 32) == 200).all()
+    face = np.zeros((218, 178, 3), np.uint8)
+    face[20:198] = 200
+    (tmp_path / "celeba" / "img_align_celeba").mkdir(parents=True)
+    for i in range(20):
+        Image.fromarray(face).save(tmp_path / "celeba" / "img_align_celeba" / f"{i}.png")
+    images, labels = L.load_images("celeba", tmp_path)
+    assert images.shape == (18, 3, 64, 64) and (images == 200).all() and labels.shape == (18,)
+
+
+def test_a_thousand_images_are_cached_once_and_a_changed_or_damaged_cache_is_not_used(tmp_path):
+    folder = pictures(tmp_path / "own", 1000, (8, 8))
+    images = L.decode_folder(folder, 8)
+    cache, = tmp_path.glob("own-8-*.npy")
+    np.save(cache, np.full_like(images.numpy(), 7))                          # as long as the folder is unchanged ...
+    assert (L.decode_folder(folder, 8) == 7).all()                           # ... the cache is what is read
+    cache.write_bytes(cache.read_bytes()[:5000])
+    assert torch.equal(L.decode_folder(folder, 8), images)
+    (folder / "00000.png").unlink()
+    assert len(L.decode_folder(folder, 8)) == 999
+
+
+def test_mnist_files_are_read_as_torchvision_lays_them_out_and_padded_with_black(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    digits = np.arange(5 * 28 * 28, dtype=np.int64).astype(np.uint8).reshape(5, 28, 28)
+    for part in ("train", "t10k"):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + np.array([5, 28, 28], ">i4").tobytes() + digits.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + np.array([5], ">i4").tobytes() + bytes(range(5)))
+    images, labels = L.load_images("mnist", tmp_path)
+    assert images.shape == (5, 1, 32, 32) and labels.tolist() == [0, 1, 2, 3, 4]
+    assert np.array_equal(images[:, 0, 2:-2, 2:-2].numpy(), digits) and int(images[:, :, :2].sum()) == 0
+
+
+# ==================================================================================================
+# 2. MODELS
+
+def parameters(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize("model, size, G, D", [("sngan", 32, 4_276_739, 1_053_824), ("sngan", 48, 4_878_083, 19_542_721),
+                                               ("sngan", 64, 12_220_675, 19_542_721)])
+def test_sngan_has_the_published_number_of_parameters(model, size, G, D):
+    nets = L.build(model, size)
+    assert (parameters(nets["G"]), parameters(nets["D"])) == (G, D)
+
+
+def test_dcgan_pair_has_5650052_parameters_at_width_64_and_z_64():
+    assert parameters(L.build("dcgan", 32)) == 5_650_052
+
+
+@pytest.mark.parametrize("model", L.MODELS)
+@pytest.mark.parametrize("size", [32, 48, 64])
+def test_every_model_draws_and_judges_images_of_every_size_and_colour(model, size):
+    for channels, width in ((3, 0.03), (1, 0.11)):
+        nets = L.build(model, size, channels, width)
+        images = nets["G"](torch.randn(2, nets["G"].z))
+        assert images.shape == (2, channels, size, size) and images.abs().max() <= 1
+        assert nets["D"](images).shape == (2, 1)
+
+
+def test_spectral_norm_is_in_the_discriminator_only_and_bounds_every_layer():
+    nets = tiny(width=0.1)
+    assert not [n for n, _ in nets["G"].named_parameters() if "parametrizations" in n]
+    names = [n for n, _ in nets["D"].named_parameters() if n.endswith("weight.original")]
+    assert len(names) == 11
+    for _ in range(30):
+        nets["D"](torch.randn(2, 3, 32, 32))
+    for layer in [m for m in nets["D"].modules() if isinstance(m, (nn.Conv2d, nn.Linear))]:
+        assert torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2) == pytest.approx(1, abs=0.02)   # after 60 iterations
+
+
+def test_weights_are_a_function_of_the_seed_and_the_callers_random_state_stays():
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    a, b, c = tiny(seed=1), tiny(seed=1), tiny(seed=2)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert same(a.state_dict(), b.state_dict()) and not same(a.state_dict(), c.state_dict())
+
+
+# ==================================================================================================
+# 3. MASKS
+
+class Odd(nn.Module):
+    """A user's own module: transposed, normalised, shared, embedded, frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(4, 6, 3)
+        self.sn = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
+        self.old = nn.utils.spectral_norm(nn.Conv2d(6, 2, 3))
+        self.norm, self.words = nn.BatchNorm2d(6), nn.Embedding(5, 4)
+        self.tied = nn.Linear(4, 5, bias=False)
+        self.again = nn.Linear(4, 5, bias=False)
+        self.again.weight = self.tied.weight
+
+
+def test_prunable_are_the_raw_weights_of_convolutions_and_linear_layers_of_any_module():
+    model = Odd()
+    assert list(L.prunable_parameters(model)) == ["up.weight", "sn.parametrizations.weight.original", "old.weight_orig", "tied.weight"]
+    assert list(L.prunable_parameters(nn.Linear(2, 2))) == ["weight"]
+    with pytest.raises(ValueError, match="other parametrizations"):
+        L.prunable_parameters(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))))
+
+
+def test_masked_spectral_norm_and_transposed_layers_stay_sparse_through_a_forward():
+    model = Odd()
+    masks = L.random_masks(L.prunable_parameters(model), 0.3, L.rng(0, 0, "t"))
+    L.apply_masks_(model, masks)
+    model.sn(torch.randn(3, 6)), model.old(torch.randn(1, 6, 5, 5))
+    for name, layer in (("sn.parametrizations.weight.original", model.sn), ("old.weight_orig", model.old)):
+        assert bool((layer.weight[masks[name] == 0] == 0).all()) and bool((layer.weight[masks[name] == 1] != 0).all())
+
+
+@pytest.mark.parametrize("scores", [torch.zeros(10), torch.ones(10), torch.tensor([3., 1, 1, 1, 1, 2, 1, 1, 0, 0]),
+                                    torch.full((10,), -math.inf), torch.arange(10.)])
+def test_keep_top_keeps_exactly_k_strictly_larger_first_then_by_position(scores):
+    order = sorted(range(10), key=lambda i: (-scores[i].item(), i))          # second opinion: a stable sort
+    for k in range(11):
+        assert L.keep_top(scores, k).nonzero().flatten().tolist() == sorted(order[:k])
+
+
+def test_keep_top_agrees_with_kthvalue_where_numpy_is_not_used():
+    scores = torch.randn(999, generator=L.rng(0, 0, "s")).round(decimals=1)  # many ties
+    for k in (1, 7, 500, 998):
+        assert L.kth_largest(scores, k).item() == scores.kthvalue(999 - k + 1).values.item()
+
+
+def test_scores_with_nan_are_refused():
+    with pytest.raises(ValueError, match="NaN"):
+        L.prune_masks({"a": torch.tensor([1., math.nan, 2.])}, 0.5)
+
+
+def test_prune_masks_agrees_with_torchs_global_pruning():
+    nets = tiny("dcgan").to(memory_format=torch.contiguous_format)           # torch's pruning takes a view
+    weights = L.prunable_parameters(nets)
+    ours = L.prune_masks({n: w.abs() for n, w in weights.items()}, 0.2)
+    layers = [(m, "weight") for m in nets.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
+    total = sum(w.numel() for w in weights.values())
+    torch.nn.utils.prune.global_unstructured(layers, torch.nn.utils.prune.L1Unstructured, amount=total - round(0.2 * total))
+    for (name, mask), (layer, _) in zip(ours.items(), layers):
+        assert torch.equal(mask, layer.weight_mask), name
+
+
+def test_masks_lie_in_memory_as_their_weights_do():
+    weights = L.prunable_parameters(tiny(width=0.1))          # another format costs three times the time
+    for masks in (L.random_masks(weights, 0.5, L.rng(0, 0, "m")), L.prune_masks({n: w.abs() for n, w in weights.items()}, 0.5)):
+        assert all(masks[n].stride() == w.stride() for n, w in weights.items())
+
+
+def test_masks_are_nested_and_exact_over_twenty_rounds_even_when_survivors_score_zero():
+    scores, masks = {"a": torch.zeros(40, 5), "b": torch.randn(300, generator=L.rng(0, 0, "s")).abs()}, None
+    for k in range(1, 21):
+        before, masks = masks, L.prune_masks(scores, 0.8 ** k, masks)
+        assert L.kept(masks) == round(0.8 ** k * 500)
+        assert before is None or all(bool((masks[n] <= before[n]).all()) for n in masks)
+    assert L.density(masks) == L.kept(masks) / 500
+
+
+@pytest.mark.parametrize("density", [0, 1.5, -0.1, math.nan, math.inf])
+def test_a_density_outside_zero_to_one_is_refused(density):
+    with pytest.raises(ValueError, match="in \\(0, 1\\]"):
+        L.prune_masks({"a": torch.ones(3)}, density)
+
+
+RESNET20 = {"conv1": (16, 3, 3, 3), "fc": (10, 64), **{f"l1.{i}": (16, 16, 3, 3) for i in range(6)}, "l2.0": (32, 16, 3, 3),
+            **{f"l2.{i}": (32, 32, 3, 3) for i in range(1, 6)}, "l3.0": (64, 32, 3, 3), **{f"l3.{i}": (64, 64, 3, 3) for i in range(1, 6)}}
+SNGAN_G = {"l1": (4096, 128), **{f"{b}.c{i}": (256, 256, 3, 3) for b in "abc" for i in (1, 2)},
+           **{f"{b}.sc": (256, 256, 1, 1) for b in "abc"}, "c5": (3, 256, 3, 3)}
+DCGAN_G = {"0": (100, 256, 4, 4), "1": (256, 128, 4, 4), "2": (128, 64, 4, 4), "3": (64, 1, 4, 4)}
+LENET = {"0": (300, 784), "1": (100, 300), "2": (10, 100)}
+
+
+@pytest.mark.parametrize("shapes, density, wanted", [
+    (RESNET20, .1, {"conv1": 1, "fc": 1, "l1.3": .302626, "l2.0": .215024, "l2.4": .139367, "l3.0": .101539, "l3.2": .066697}),
+    (RESNET20, .2, {"conv1": 1, "fc": 1, "l1.3": .617846, "l2.0": .438996, "l2.4": .284534, "l3.0": .207304, "l3.2": .136170}),
+    (RESNET20, .5, {"conv1": 1, "fc": 1, "l1.3": 1, "l2.0": 1, "l2.4": .776229, "l3.0": .565538, "l3.2": .371481}),
+    (SNGAN_G, .1, {"l1": .381100, "a.c1": .041542, "c.sc": .370995, "c5": 1}),
+    (SNGAN_G, .2, {"l1": .768475, "a.c1": .083769, "c.sc": .748099, "c5": 1}),
+    (SNGAN_G, .5, {"l1": 1, "a.c1": .397172, "c.sc": 1, "c5": 1}),
+    (DCGAN_G, .1, {"0": .098139, "1": .082569, "2": .168508, "3": 1}),
+    (DCGAN_G, .2, {"0": .197230, "1": .165939, "2": .338651, "3": 1}),
+    (DCGAN_G, .5, {"0": .494503, "1": .416048, "2": .849078, "3": 1}),
+    (LENET, .1, {"0": .079568, "1": .230189, "2": 1}), (LENET, .2, {"0": .162241, "1": .469362, "2": 1}), (LENET, .5, {"0": .434099, "1": 1, "2": 1})])
+def test_erk_densities_match_the_worked_examples_to_six_decimals(shapes, density, wanted):
+    found = L.erk_densities(shapes, density)
+    assert {name: round(found[name], 6) for name in wanted} == wanted
+    sizes = {n: math.prod(s) for n, s in shapes.items()}
+    assert sum(found[n] * sizes[n] for n in shapes) == pytest.approx(density * sum(sizes.values()), rel=1e-12)
+
+
+@pytest.mark.parametrize("density", [0.003, 0.05, 0.37, 0.5, 1.0])
+def test_random_masks_keep_exact_counts_and_no_layer_is_empty(density):
+    weights = L.prunable_parameters(tiny(width=0.1))
+    masks, total = L.random_masks(weights, density, L.rng(0, 0, "m")), sum(w.numel() for w in weights.values())
+    assert L.kept(masks) == round(density * total) and all(m.any() for m in masks.values())
+    assert all(set(m.unique().tolist()) <= {0.0, 1.0} for m in masks.values())
+    wanted = L.erk_densities({n: tuple(w.shape) for n, w in weights.items()}, density)
+    for name, mask in masks.items():                          # a whole count is within 1 of the rule's, 1 at least
+        assert abs(int(mask.sum()) - wanted[name] * mask.numel()) <= 1 or int(mask.sum()) == 1
+    assert same(masks, L.random_masks(weights, density, L.rng(0, 0, "m")))
+
+
+def test_exact_counts_add_up_under_pressure_from_both_sides_and_too_few_weights_are_refused():
+    sizes = {"a": 10, "b": 10, "c": 1000}
+    assert L.exact_counts({"a": 0.001, "b": 0.001, "c": 0.01}, sizes, 12) == {"a": 1, "b": 1, "c": 10}
+    assert L.exact_counts({"a": 1.0, "b": 1.0, "c": 0.0}, sizes, 22) == {"a": 10, "b": 10, "c": 2}
+    assert L.exact_counts({"a": 1.0, "b": 0.0, "c": 0.0}, sizes, 11) == {"a": 9, "b": 1, "c": 1}
+    with pytest.raises(ValueError, match="larger density"):
+        L.exact_counts({"a": 1, "b": 1, "c": 1}, sizes, 2)
+
+
+def test_a_count_above_two_to_the_24_is_exact():
+    assert L.kept({"a": torch.ones(2 ** 24 + 3)}) == 2 ** 24 + 3             # a float32 sum says 2^24
+
+
+# ==================================================================================================
+# 4. OBJECTIVES
+
+def test_losses_by_hand():
+    real, fake = torch.tensor([[2.0], [-0.5]]), torch.tensor([[-3.0], [0.5]])
+    assert L.discriminator_loss("hinge", real, fake).item() == pytest.approx((0 + 1.5) / 2 + (0 + 1.5) / 2)
+    assert L.discriminator_loss("wasserstein", real, fake).item() == pytest.approx(-1.25 - 0.75)
+    log = [math.log(1 + math.exp(x)) for x in (-2, 0.5, -3, 0.5)]
+    assert L.discriminator_loss("non-saturating", real, fake).item() == pytest.approx((log[0] + log[1] + log[2] + log[3]) / 2, rel=1e-6)
+    assert L.generator_loss("hinge", fake).item() == L.generator_loss("wasserstein", fake).item() == 1.25
+    assert L.generator_loss("non-saturating", fake).item() == pytest.approx((3.0485873 + 0.4740770) / 2, rel=1e-6)
+    with pytest.raises(ValueError, match="hinge, non-saturating or wasserstein"):
+        L.discriminator_loss("lsgan", real, fake)
+
+
+@pytest.mark.parametrize("model", L.MODELS)
+def test_pruned_weights_are_exactly_zero_after_every_step_of_every_model(model):
+    s = settings(model=model, method="dense", n_critic=2)
+    nets = L.build(model, 32, 3, s["width"], s["z"])
+    masks, optimizers = both_masks(nets), L.gan_optimizers(nets, s)
+    L.apply_masks_(nets, masks)
+    step_fn = L.gan_step_fn(s, L.shapes(50)[0], nets, optimizers, masks, torch.device("cpu"))
+    for step in range(5):
+        out = step_fn(step)
+        for name, mask in masks.items():
+            weight = nets.get_parameter(name)
+            assert bool((weight[mask == 0] == 0).all()) and weight.grad is not None, name
+            if bool((mask == 0).any()) and weight.grad.any():
+                assert bool((weight.grad[mask == 0] != 0).any()), name         # gradients stay dense
+        assert set(out["losses"]) == {"D", "G"} and out["real"].shape == (4, 3, 32, 32)
+    if model == "wgan":
+        assert max(float(p.detach().abs().max()) for p in nets["D"].parameters()) <= 0.01 + 1e-9
+
+
+def test_without_the_masking_line_pruned_weights_come_back(monkeypatch):
+    s = settings(method="dense")
+    nets = tiny()
+    masks = both_masks(nets)
+    L.apply_masks_(nets, masks)
+    step_fn = L.gan_step_fn(s, L.shapes(50)[0], nets, L.gan_optimizers(nets, s), masks, torch.device("cpu"))
+    monkeypatch.setattr(L, "apply_masks_", lambda model, masks: None)
+    step_fn(0)
+    assert any(bool((nets.get_parameter(n)[m == 0] != 0).any()) for n, m in masks.items())
+
+
+def test_gradients_of_the_discriminator_are_of_its_own_loss_and_frozen_flags_come_back():
+    s, nets = settings(method="dense"), tiny()
+    nets["D"].head.parametrizations.weight.original.requires_grad_(False)     # frozen by the user
+    optimizers, seen = L.gan_optimizers(nets, s), []
+    step_fn = L.gan_step_fn(s, L.shapes(50)[0], nets, optimizers, {}, torch.device("cpu"))
+    optimizers["D"].register_step_post_hook(lambda *args: seen.append([None if p.grad is None else p.grad.clone() for p in nets["D"].parameters()]))
+    step_fn(0)
+    for parameter, grad in zip(nets["D"].parameters(), seen[0]):
+        assert parameter.grad is None and grad is None or torch.equal(parameter.grad, grad)
+    flags = [p.requires_grad for p in nets["D"].parameters()]
+    assert flags.count(False) == 1 and not nets["D"].head.parametrizations.weight.original.requires_grad
+
+
+# ==================================================================================================
+# 5. TRAINING
+
+def plain_loop(nets, images, seed=0, lr=2e-4, batch_size=4, n_critic=1, longest=0.999):
+    """A dense SNGAN trained as one would write it without this file; yields the losses of each step.
+    The second opinion of the test below, and the yardstick of `make bench`."""
+    G, D = nets["G"], nets["D"]
+    opt_G = torch.optim.Adam(G.parameters(), lr, (0.0, 0.9), fused=True)
+    opt_D = torch.optim.Adam(D.parameters(), lr, (0.0, 0.9), fused=True)
+    ema = copy.deepcopy(G)
+    step = 0
+    while True:
+        for k in range(n_critic):
+            real = L.batch(images, (step * n_critic + k) * batch_size, batch_size, seed)
+            z = L.latents(batch_size, G.z, seed, step, "latents D", k)
+            fake = G(z).detach()
+            opt_D.zero_grad()
+            loss_D = F.relu(1 - D(real)).mean() + F.relu(1 + D(fake)).mean()
+            loss_D.backward()
+            opt_D.step()
+        for p in D.parameters():
+            p.requires_grad_(False)
+        z = L.latents(2 * batch_size, G.z, seed, step, "latents G", 0)
+        opt_G.zero_grad()
+        loss_G = -D(G(z)).mean()
+        loss_G.backward()
+        opt_G.step()
+        for p in D.parameters():
+            p.requires_grad_(True)
+        beta = min(longest, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(G.parameters()), 1 - beta)
+        step += 1
+        yield loss_D.item(), loss_G.item(), ema
+
+
+def test_dense_gives_the_losses_and_the_average_of_a_plain_loop():
+    s = settings(method="dense", steps=40, n_critic=2, width=0.06)
+    nets, _, ema, done, _ = trained(s)
+    plain = plain_loop(L.build("sngan", 32, 3, 0.06, seed=0), L.shapes(300)[0], lr=s["lr"], n_critic=2)
+    for row in done.rows:
+        loss_D, loss_G, average = next(plain)
+        assert (row["loss_D"], row["loss_G"]) == pytest.approx((loss_D, loss_G), abs=1e-6), row["step"]
+    assert len(done.rows) == 40 and same(dict(ema["G"].named_parameters()), dict(average.named_parameters()))
+
+
+def test_density_one_everywhere_is_the_dense_run_bit_for_bit():
+    s = settings(method="dense", steps=30)
+    dense = trained(s)[0]
+    sparse = trained(s, masks=lambda nets: both_masks(nets, 1.0, 1.0), update_every=5)[0]
+    assert same(dense.state_dict(), sparse.state_dict())
+
+
+def test_the_average_is_warmed_up_and_masked():
+    assert [L.ema_decay(t, 0.999) for t in (0, 10, 10 ** 6)] == [0.1, 11 / 20, 0.999]
+    a, b = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+    a.weight.data, b.weight.data = torch.tensor([[1.0, 5.0]]), torch.tensor([[3.0, 0.0]])
+    L.ema_update_(a, b, 0.75, {"weight": torch.tensor([[1.0, 0.0]])})
+    assert a.weight.tolist() == [[1.5, 0.0]]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_step_network_and_checkpoint(tmp_path):
+    nets, optimizers = nn.ModuleDict({"net": nn.Linear(1, 1)}), {"net": torch.optim.SGD(nn.Linear(1, 1).parameters(), 1.0)}
+
+    def step_fn(step):
+        return {"losses": {"net": torch.tensor(math.nan if step == 6 else 1.0)}}
+
+    with pytest.raises(FloatingPointError, match=r"loss of net is nan at step 7; last good checkpoint: .*last.pt \(step 6\)"):
+        L.train(nets, step_fn, 9, optimizers=optimizers, folder=tmp_path, checkpoint_s=0, show=print)
+    nets["net"].weight.data.fill_(math.nan)                   # a finite loss does not make a good checkpoint
+    with pytest.raises(FloatingPointError, match="a weight of net is not finite at step 1; last good checkpoint: none"):
+        L.train(nets, lambda step: {"losses": {"net": torch.tensor(1.0)}}, 9, optimizers=optimizers,
+                folder=tmp_path, name="other", checkpoint_s=0, show=print)
+
+
+def test_a_finished_training_returns_at_once_and_after_step_may_end_one(tmp_path):
+    s, steps = settings(method="dense", steps=12), []
+    first = trained(s, folder=tmp_path)
+    assert not (tmp_path / "last.pt").exists()
+    nets, _, ema, again, _ = trained(s, folder=tmp_path)
+    assert same(nets.state_dict(), first[0].state_dict()) and again.rows == first[3].rows
+    net = nn.ModuleDict({"net": nn.Linear(1, 1)})
+    done = L.train(net, lambda step: steps.append(step) or {"losses": {"net": torch.tensor(0.0)}}, 100, optimizers={},
+                   start=10, after_step=lambda step, out: step == 13, show=print)
+    assert done.step == 13 and steps == [10, 11, 12]
+
+
+def test_two_trainings_share_one_table_of_rows(tmp_path):
+    net = nn.ModuleDict({"net": nn.Linear(1, 1)})
+    for name in ("dense", "round-01", "dense"):               # the third returns at once
+        L.train(net, lambda step: {"losses": {"net": torch.tensor(2.0)}}, 3, optimizers={}, folder=tmp_path, name=name, show=print)
+    rows = list(csv.DictReader(open(tmp_path / "metrics.csv", newline="")))
+    assert [(r["training"], r["step"], r["loss_net"]) for r in rows] == [(n, str(k), "2.0") for n in ("dense", "round-01") for k in (1, 2, 3)]
+
+
+def test_writing_is_atomic(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+
+    def fails(file):
+        file.write(b"half of the n")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        L.write_atomically(path, fails)
+    assert path.read_text() == "old"
+    L.write_atomically(path, lambda file: file.write(b"new"))
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (str(Path(os.environ["BOMB"])),)
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "code", "foreign"])
+def test_damaged_files_and_files_with_code_are_refused_by_name_and_not_run(tmp_path, damage, monkeypatch):
+    monkeypatch.setenv("BOMB", str(tmp_path / "went-off"))
+    path = tmp_path / "last.pt"
+    L.save_torch(path, {"format": 1, "weights": torch.zeros(1000)})
+    data = path.read_bytes()
+    if damage in ("empty", "half"):
+        path.write_bytes(data[:0 if damage == "empty" else len(data) // 2])
+    else:
+        torch.save({"format": 1, "weights": Bomb()} if damage == "code" else [1, 2], path)
+    with pytest.raises(ValueError, match="last.pt"):
+        L.load_torch(path)
+    assert not (tmp_path / "went-off").exists()
+
+
+def test_measuring_in_the_context_leaves_no_trace():
+    nets = tiny("resnet_dcgan")
+    nets["G"].eval()
+    nets["D"].head.weight.requires_grad_(False)
+    nets["D"](torch.randn(2, 3, 32, 32)).sum().backward()
+    before, grads = copied(nets), [None if p.grad is None else p.grad.clone() for p in nets.parameters()]
+    with L.untouched(nets):
+        nets.train().requires_grad_(True)
+        nets["D"](nets["G"](torch.randn(4, 128))).sum().backward()
+        assert not same(before, nets.state_dict())            # it did move: running statistics
+    assert same(before, nets.state_dict()) and not nets["G"].training and nets["D"].training
+    assert not nets["D"].head.weight.requires_grad
+    assert all(p.grad is None if g is None else torch.equal(p.grad, g) for p, g in zip(nets.parameters(), grads))
+
+
+def test_durations_and_the_progress_line_read_well():
+    assert [L.duration(s) for s in (3, 119, 120, 7200, 10 ** 6)] == ["3 s", "119 s", "2 min", "2 h", "12 days"]
+    line = L.progress_line(1200, 50_000, {"D": torch.tensor(1.31), "G": 0.94},
+                           {"balance_ratio": 0.42, "density_G": 0.1, "density_D": 0.235}, 0.1, 184)
+    assert line == "step  1,200/50,000  D 1.310  G 0.940  BR 0.42  kept G 10.0% D 23.5%  1,840 img/s  81 min left"
+
+
+# ==================================================================================================
+# 6. DYNAMIC SPARSE TRAINING
+
+def layers(seed=0):
+    """Weights, masks and gradients of two layers, masked at about a half."""
+    g = L.rng(seed, 0, "layers")
+    shapes = {"a": (6, 4, 3, 3), "b": (5, 30)}
+    weights = {n: torch.randn(s, generator=g) for n, s in shapes.items()}
+    masks = {n: (torch.rand(s, generator=g) < 0.5).float() for n, s in shapes.items()}
+    for n in weights:
+        weights[n] *= masks[n]
+    return weights, masks, {n: torch.randn(s, generator=g) for n, s in shapes.items()}
+
+
+def test_drop_and_grow_by_hand():
+    w, m = {"w": torch.tensor([[5.0, 1.0, 2.0, 0.0, 0.0, 0.0]])}, {"w": torch.tensor([[1.0, 1, 1, 0, 0, 0]])}
+    grown, drop, grow = L.drop_and_grow_(w, m, {"w": torch.tensor([[9.0, 0.1, 0.2, 0.3, -4, 0.05]])}, 2, 2)
+    # 1 and 2 are dropped; -4 and 0.3 are the largest gradients that are not kept
+    assert m["w"].tolist() == [[1, 0, 0, 1, 1, 0]] and w["w"].tolist() == [[5, 0, 0, 0, 0, 0]]
+    assert grown["w"].tolist() == [[False, False, False, True, True, False]] and (drop, grow) == (2, 2)
+
+
+def test_a_weight_dropped_and_grown_back_keeps_its_value_and_is_not_new():
+    w, m = {"w": torch.tensor([[5.0, 1.0, 0.0]])}, {"w": torch.tensor([[1.0, 1, 0]])}
+    grown, _, _ = L.drop_and_grow_(w, m, {"w": torch.tensor([[0.0, 3.0, 2.0]])}, 1, 1)
+    assert w["w"].tolist() == [[5, 1, 0]] and m["w"].tolist() == [[1, 1, 0]] and not grown["w"].any()
+
+
+@pytest.mark.parametrize("how", ["gradient", "random"])
+@pytest.mark.parametrize("case", ["normal", "zero gradients", "all equal", "ties"])
+def test_counts_stay_exact_and_no_row_dies(how, case):
+    for drop, grow in ((0, 0), (1, 1), (40, 40), (0, 25), (25, 0), (10 ** 6, 10 ** 6)):
+        weights, masks, gradients = layers()
+        if case == "zero gradients":
+            gradients = {n: torch.zeros_like(g) for n, g in gradients.items()}
+        if case in ("all equal", "ties"):
+            weights = {n: m.clone() for n, m in masks.items()}
+            gradients = {n: torch.ones_like(g) if case == "all equal" else g.round() for n, g in gradients.items()}
+        before, kept_before = {n: w.clone() for n, w in weights.items()}, L.kept(masks)
+        masks_before = {n: m.clone() for n, m in masks.items()}
+        grown, dropped, grew = L.drop_and_grow_(weights, masks, gradients, drop, grow, how, L.rng(0, 0, "g"))
+        assert L.kept(masks) == kept_before - dropped + grew
+        assert dropped == min(drop, kept_before - 11) and grew == min(grow, 366 - kept_before + dropped)     # 11 rows
+        assert all(bool(m.flatten(1).any(1).all()) for m in masks.values())
+        for n in masks:
+            assert bool((weights[n][masks[n] == 0] == 0).all()) and bool((weights[n][grown[n]] == 0).all())
+            stayed = (masks[n] == 1) & (masks_before[n] == 1)
+            assert torch.equal(weights[n][stayed], before[n][stayed])
+        if (drop, grow) == (0, 0):
+            assert same(masks, masks_before)
+        if case == "zero gradients" and how == "gradient" and drop == grow == 40:
+            assert same(masks, masks_before)                  # nothing to go by: the dropped come back
+
+
+def test_growth_by_gradient_takes_the_largest_of_all_layers_and_dropping_the_smallest():
+    weights, masks, gradients = layers()
+    free = torch.cat([gradients[n][masks[n] == 0].abs() for n in masks]).sort(descending=True).values
+    grown, _, _ = L.drop_and_grow_(weights, masks, gradients, 0, 30)
+    assert torch.cat([gradients[n][grown[n]].abs() for n in masks]).min() == free[29]
+    held = {n: w.abs() for n, w in weights.items()}
+    safe = {n: L.row_largest(weights[n], masks[n]) for n in masks}
+    order = torch.cat([held[n][(masks[n] == 1) & ~safe[n]] for n in masks]).sort().values
+    L.drop_and_grow_(weights, masks, gradients, 35, 0)
+    gone = torch.cat([held[n][(masks[n] == 0) & (held[n] > 0)] for n in masks])
+    assert len(gone) == 35 - 30 and gone.max() <= order[34]   # the 30 new zeros go first, then the smallest
+
+
+def test_growth_fills_up_at_random_where_gradients_run_out_and_refuses_nan():
+    weights, masks, gradients = layers()
+    only = {n: torch.zeros_like(g) for n, g in gradients.items()}
+    spot = (masks["a"] == 0).nonzero()[0].tolist()
+    only["a"][tuple(spot)] = 1e-30
+    grown, _, grew = L.drop_and_grow_(weights, masks, only, 0, 20, generator=L.rng(0, 0, "g"))
+    assert grown["a"][tuple(spot)] and grew == 20 and sum(int(g.sum()) for g in grown.values()) == 20
+    assert grown["b"].any()                                   # at random, not the first positions
+    only["a"][0] = math.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        L.drop_and_grow_(weights, masks, only, 1, 1)
+    with pytest.raises(ValueError, match="gradient or random"):
+        L.drop_and_grow_(weights, masks, gradients, 1, 1, "magnitude")
+
+
+def test_the_largest_weight_of_an_output_row_is_kept_also_in_a_transposed_convolution():
+    layer = nn.ConvTranspose2d(3, 5, 2)
+    dims = L.output_dims(nn.ModuleDict({"up": layer, "lin": nn.Linear(2, 2)}))
+    assert dims == {"up.weight": 1, "lin.weight": 0}
+    w, m = {"up.weight": layer.weight.detach().clone()}, {"up.weight": torch.ones(3, 5, 2, 2)}
+    L.drop_and_grow_(w, m, w, 60, 0, output_dim=dims)
+    assert m["up.weight"].sum() == 5 and bool((m["up.weight"].sum((0, 2, 3)) == 1).all())
+
+
+@pytest.mark.parametrize("optimizer, wanted", [
+    (lambda p: torch.optim.Adam(p, 0.01, (0.5, 0.9)), {"exp_avg": 0, "exp_avg_sq": 9}),
+    (lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.5), {"momentum_buffer": 0, "square_avg": 9}),
+    (lambda p: torch.optim.SGD(p, 0.01, momentum=0.9), {"momentum_buffer": 0})])
+def test_optimizer_state_at_grown_weights_is_seeded_and_elsewhere_untouched(optimizer, wanted):
+    weight = nn.Parameter(torch.randn(2, 3, generator=L.rng(0, 0, "w")))
+    steps = optimizer([weight])
+    weight.grad = torch.full((2, 3), 3.0)
+    steps.step()
+    before = {k: v.clone() for k, v in steps.state[weight].items() if isinstance(v, torch.Tensor)}
+    grown = torch.tensor([[True, False, False], [False, False, True]])
+    L.seed_optimizer_state_(steps, {"w": weight}, {"w": grown}, {"w": weight.grad})
+    for key, value in wanted.items():
+        state = steps.state[weight][key]
+        assert bool((state[grown] == value).all()) and torch.equal(state[~grown], before[key][~grown])
+
+
+def test_the_share_exchanged_falls_by_a_cosine_from_a_half_to_a_two_hundredth():
+    assert [round(L.drop_share(t, 100), 4) for t in (0, 50, 100)] == [0.5, 0.2525, 0.005]
+    assert L.gan_schedule(100_000) == (500, 1000, 5000) and L.gan_schedule(100_000, None, True) == (500, 2000, 5000)
+    assert L.gan_schedule(1500) == (20, 40, 75) and L.gan_schedule(1500, 0) == (0, 40, 75)
+
+
+def test_balance_ratio_by_hand_and_unchanged_under_scale_and_shift_of_the_discriminator():
+    real, before, after = torch.tensor([2.0, 4.0]), torch.tensor([0.0, 1.0]), torch.tensor([1.5, 1.0])
+    assert L.balance_ratio(real, before, after) == pytest.approx((1.25 - 0.5) / (3 - 0.5))
+    for a, b in ((10.0, 3.0), (1e-3, -7.0)):
+        assert L.balance_ratio(a * real + b, a * before + b, a * after + b) == pytest.approx(0.3, rel=1e-3)
+    assert math.isnan(L.balance_ratio(before, real, after)) and math.isnan(L.balance_ratio(real, real, after))
+
+
+def test_balance_ratio_of_a_linear_gan_equals_the_closed_form():
+    G, D = nn.Linear(2, 3, bias=False), nn.Linear(3, 1, bias=False)
+    z, real = torch.randn(8, 2, generator=L.rng(0, 0, "z")), torch.randn(8, 3, generator=L.rng(0, 1, "z")) + 5 * D.weight
+    old, new = G.weight.detach().clone(), G.weight.detach() + 0.1 * D.weight.T
+    fake = D(z @ old.T).detach()
+    G.weight.data = new
+    gain, gap, _ = L.measure_balance(G, D, z, real.detach(), fake)
+    d = D.weight.detach()[0]
+    assert gain == pytest.approx(float(z.mean(0) @ (new - old).T @ d), rel=1e-4)
+    assert gap == pytest.approx(float((real.mean(0) - z.mean(0) @ old.T) @ d), rel=1e-4)
+
+
+def test_smoothing_divides_sums_leaves_bad_measurements_out_and_calls_a_blind_discriminator_far_behind():
+    assert L.smoothed_ratio([(1, 4, 1), (2, 2, 1)]) == 0.5                  # the mean of ratios would be .625
+    assert L.smoothed_ratio([(1, 4, 1), (9, 1e-9, 1), (2, 2, 1)]) == 0.5
+    assert L.smoothed_ratio([(1, 4, 1), (9, -1, 1), (9, math.nan, 1)]) == math.inf
+    assert math.isnan(L.smoothed_ratio([]))
+
+
+def test_controller_follows_the_table_relaxed_strict_and_at_its_ends():
+    relaxed = dict(low=.45, high=.55, change=50, floor=50, cap=1000, total=1000)
+    strict = {**relaxed, "cap": 500}
+    script = [(.60, 480, "grow", 530, "grow", 500), (.55, 500, "grow", 550, "explore", 500), (.5, 500, "hold", 500, "hold", 500),
+              (.45, 500, "drop", 450, "drop", 450), (.1, 80, "drop", 50, "drop", 50), (.1, 50, "hold", 50, "hold", 50),
+              (math.inf, 490, "grow", 540, "grow", 500), (math.nan, 490, "hold", 490, "hold", 490), (-1., 490, "drop", 440, "drop", 440)]
+    for ratio, count, *wanted in script:
+        assert [*L.controller(ratio, count, **relaxed), *L.controller(ratio, count, **strict)] == wanted
+    assert L.controller(.9, 1000, **relaxed) == ("hold", 1000) and L.controller(.9, 970, **relaxed) == ("grow", 1000)
+
+
+@pytest.mark.parametrize("variant", ["relaxed", "strict", "static G"])
+def test_the_whole_controller_against_scripted_ratios(variant, monkeypatch):
+    ratios = [0.9] * 4 + [0.5] * 2 + [0.2] * 14 + [0.9] * 2 + [math.nan] * 2
+    s, at = settings(method="dense", steps=len(ratios) * 4 + 8), []
+    control = dict(every=4, first=8, low=.45, high=.55, change=40, floor=50, cap=500 if variant == "strict" else 10 ** 9)
+
+    def scripted(window):
+        return ratios[min(len(ratios) - 1, (len(at) - 8) // 4)] if len(at) >= 8 else math.nan
+
+    monkeypatch.setattr(L, "smoothed_ratio", scripted)
+    monkeypatch.setattr(L, "measure_balance", lambda *args: (1.0, 1.0, 1.0))
+    nets = tiny()
+    masks = both_masks(nets, 0.3, 0.4)
+    total, start = sum(m.numel() for m in L.of_role(masks, "D").values()), L.kept(L.of_role(masks, "D"))
+    control["cap"] = min(control["cap"], total)
+    optimizers, state, kept_G = L.gan_optimizers(nets, s), {}, L.kept(L.of_role(masks, "G"))
+    L.apply_masks_(nets, masks)
+    after = L.dynamic_gan(nets, optimizers, masks, state, steps=s["steps"], seed=0, window_steps=8,
+                          update_every=0 if variant == "static G" else 4, control=control)
+    step_fn = L.gan_step_fn(s, L.shapes(50)[0], nets, optimizers, masks, torch.device("cpu"))
+    expected, count, moves_G = start, None, 0
+    for step in range(1, s["steps"] + 1):
+        out = step_fn(step - 1)
+        at.append(step)
+        before = {n: m.clone() for n, m in masks.items()}
+        ratio = scripted(None)
+        after(step, out)
+        moved_D = not same(L.of_role(before, "D"), L.of_role(masks, "D"))
+        moved_G = not same(L.of_role(before, "G"), L.of_role(masks, "G"))
+        action = "hold"
+        if step % 4 == 0 and 8 <= step < s["steps"]:
+            action, expected = L.controller(ratio, expected, .45, .55, 40, 50, control["cap"], total)
+        count = L.kept(L.of_role(masks, "D"))
+        assert count == expected and 50 <= count <= control["cap"] and L.kept(L.of_role(masks, "G")) == kept_G
+        assert moved_D == (action != "hold"), (step, action)
+        moves_G += moved_G
+        assert not moved_G or (variant != "static G" and step % 4 == 0 and step < s["steps"])
+        assert all(m.any() for m in masks.values())
+        for name, mask in masks.items():
+            assert bool((nets.get_parameter(name)[mask == 0] == 0).all())
+    assert set(state["actions"]) == {"grow", "hold", "drop"} | ({"explore"} if variant == "strict" else set())
+    assert len(state["history"]) > 10 and (moves_G == 0 if variant == "static G" else moves_G > 20)       # of 25
+
+
+def test_fifty_updates_of_both_masks_keep_counts_and_zeros_in_the_average_too():
+    s = settings(method="dense", steps=202)
+    seen = []
+
+    def watch(nets, ema):
+        return {}
+
+    nets = tiny()
+    masks, optimizers, state = both_masks(nets), L.gan_optimizers(nets, s), {}
+    D = L.kept(L.of_role(masks, "D"))
+    ema = nn.ModuleDict({"G": copy.deepcopy(nets["G"])})
+    after = L.dynamic_gan(nets, optimizers, masks, state, steps=202, seed=0, window_steps=8, update_every=4,
+                          control=dict(every=4, first=0, low=-9e9, high=-9e8, change=0, floor=1, cap=D))    # always explores
+    step_fn = L.gan_step_fn(s, L.shapes(50)[0], nets, optimizers, masks, torch.device("cpu"))
+
+    def checked(step, out):
+        before = {n: m.clone() for n, m in masks.items()}
+        for net, prefix in ((nets, ""), (ema, "")):           # the average as it was left by the step before
+            for name, mask in masks.items():
+                if name.startswith("G.") or net is nets:
+                    assert bool((net.get_parameter(name)[mask == 0] == 0).all()), (step, name)
+        after(step, out)
+        seen.append(not same(before, masks))
+        assert L.kept(L.of_role(masks, "G")) == G and L.kept(L.of_role(masks, "D")) == D
+        assert all(bool(torch.isfinite(p).all()) for p in nets.parameters()) and all(m.any() for m in masks.values())
+
+    G = L.kept(L.of_role(masks, "G"))
+    L.train(nets, step_fn, 202, optimizers=optimizers, masks=masks, after_step=checked, state=state, ema=ema, show=print)
+    assert sum(seen) == 50 and state["actions"]["explore"] + state["actions"].get("hold", 0) == 50
+
+
+@pytest.mark.parametrize("method, dynamics", [("dense", {}), ("static", {}), ("sdst", dict(update_every=6)), ("random", dict(update_every=6, how="random"))])
+def test_ten_times_as_many_evaluations_and_ratios_change_no_weight(method, dynamics):
+    s = settings(method="dense", steps=40, n_critic=2)
+    masks = (lambda nets: {}) if method == "dense" else both_masks
+
+    def evaluate(nets, ema):
+        G = L.generator_for_use(nets["G"], ema["G"], 0, 4)
+        L.sample_images(G, 8)
+        L.mac_positions(nets["D"], torch.zeros(1, 3, 32, 32))
+        return {"metric": 0.0}
+
+    rare = trained(s, masks=masks, evaluate=evaluate, eval_every=20, ratio_every=20, **dynamics)
+    often = trained(s, masks=masks, evaluate=evaluate, eval_every=2, ratio_every=2, **dynamics)
+    assert same(rare[0].state_dict(), often[0].state_dict()) and same(rare[1], often[1]) and same(rare[2].state_dict(), often[2].state_dict())
+
+
+@pytest.mark.parametrize("model", ["sngan", "resnet_dcgan"])
+def test_measuring_the_balance_leaves_every_bit_where_it_was(model):
+    s, nets = settings(model=model, method="dense"), tiny(model)
+    out = L.gan_step_fn(s, L.shapes(50)[0], nets, L.gan_optimizers(nets, s), {}, torch.device("cpu"))(0)
+    nets["G"].eval()
+    before, grads = copied(nets), [p.grad.clone() for p in nets.parameters()]
+    first = L.measure_balance(nets["G"], nets["D"], out["z"], out["real"], out["fake_logits"])
+    again = L.measure_balance(nets["G"], nets["D"], out["z"], out["real"], out["fake_logits"])
+    assert first == again and same(before, nets.state_dict()) and not nets["G"].training and nets["D"].training
+    assert all(torch.equal(p.grad, g) for p, g in zip(nets.parameters(), grads))
+
+
+# ==================================================================================================
+# 7. METRICS
+
+def test_frechet_distance_of_the_worked_example_and_its_laws():
+    t = lambda rows: torch.tensor(rows, dtype=torch.float64)
+    found = L.gaussian_distance(t([0, 0]), t([[2, .5], [.5, 1]]), t([1, -1]), t([[1, -.3], [-.3, 2]]))
+    assert found == pytest.approx(2.575425893305, abs=1e-9)
+    x = torch.randn(500, 6, generator=L.rng(0, 0, "x")).double()
+    y = torch.randn(400, 6, generator=L.rng(0, 1, "x")).double() * 2
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=L.rng(0, 2, "x")).double())[0]
+    assert L.frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+    assert L.frechet_distance(x @ turn, y @ turn) == pytest.approx(L.frechet_distance(x, y), rel=1e-9)
+    assert L.frechet_distance(x, x + 3) == pytest.approx(6 * 9, rel=1e-9)
+
+
+def test_kernel_distance_of_the_worked_example_may_be_negative():
+    x, y = torch.tensor([[1., 0], [0, 1], [1, 1]]).double(), torch.tensor([[2., 0], [0, 2], [1, -1]]).double()
+    assert L.kernel_distance(x, y)[0] == pytest.approx(-2.972222, abs=1e-6)
+    a = torch.randn(3000, 4, generator=L.rng(0, 0, "x")).double()
+    mean, sd = L.kernel_distance(a[:1500], a[1500:], L.rng(0, 0, "kid"))
+    assert abs(mean) < 4 * sd and sd > 0                      # two halves of one sample: 0 within its error
+
+
+def test_random_features_are_fixed_and_the_distance_grows_with_the_damage():
+    real, network = L.shapes(640)[0], L.feature_network("random")
+    assert torch.equal(L.extract(real[:5], network), L.extract(real[:5], L.feature_network("random")))
+    assert L.extract(real[:5], network).shape == (5, 64) and L.extract(real[:5, :1], network).shape == (5, 64)
+    other = L.extract(L.shapes(640, seed=3)[0], network)
+
+    def noisy(amount):
+        noise = torch.randn(real.shape, generator=L.rng(0, 0, "n")) * amount
+        return L.frechet_distance(other, L.extract((real + noise).clamp(0, 255).to(torch.uint8), network))
+
+    def blurred(side):
+        small = F.interpolate(real.float(), side, mode="area")
+        return L.frechet_distance(other, L.extract(F.interpolate(small, 32, mode="bilinear").to(torch.uint8), network))
+
+    floor, fewer = noisy(0), L.frechet_distance(other, L.extract(real[L.shapes(640)[1] > 0], network))
+    assert floor < noisy(20) < noisy(60) and floor < blurred(16) < blurred(8) and floor < fewer
+    assert L.metric_name("random", 2000) == "FD-random-2k" and L.metric_name("inception", 50_000) == "FID-50k"
+    assert L.metric_name("random", 700) == "FD-random-700"
+    with pytest.raises(ValueError, match="random or inception"):
+        L.feature_network("resnet")
+
+
+def test_inception_differs_from_torchvision_in_the_pooling_branches_only():
+    models = L.import_torchvision().models
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False, transform_input=False).eval()
+        for norm in [m for m in theirs.modules() if isinstance(m, nn.BatchNorm2d)]:
+            norm.running_mean.uniform_(-0.1, 0.1), norm.running_var.uniform_(0.5, 1.5)
+    state = {k: v for k, v in theirs.state_dict().items() if not k.endswith("num_batches_tracked")}     # as in the file
+    assert sum(v.numel() for k, v in state.items() if "running" not in k) == 23_850_960 and len(state) == 566 - 94
+    ours = L.InceptionFeatures(state)
+    seen = {}
+    names = [f"Mixed_{n}" for n in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b", "7c")]
+    for name in names:
+        block = getattr(ours.net, name)
+        block.register_forward_hook(lambda m, args, out, name=name: seen.update({name: (args[0], out)}))
+        block.branch_pool.register_forward_hook(lambda m, args, out, name=name: seen.update({name + " pool": (args[0], out)}))
+    images = torch.randint(0, 256, (2, 3, 40, 40), generator=L.rng(0, 0, "i"), dtype=torch.uint8)
+    with torch.no_grad():
+        features = ours(images)
+        for name in names:
+            x, out = seen[name]
+            pooled, branch = seen[name + " pool"]
+            wanted = F.max_pool2d(x, 3, 1, 1) if name == "Mixed_7c" else F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+            assert torch.equal(pooled, wanted), name
+            block = getattr(theirs, name)
+            plain, width = block(x), branch.shape[1]          # torchvision's own block; the pooling branch comes last
+            assert torch.equal(out[:, :-width], plain[:, :-width]), name
+            assert torch.equal(out[:, -width:], block.branch_pool(wanted)) and not torch.equal(out[:, -width:], plain[:, -width:])
+    assert features.shape == (2, 2048)
+    with pytest.raises(ValueError, match="missing"):
+        L.InceptionFeatures({k: v for k, v in state.items() if "Mixed_6c" not in k})
+
+
+def test_the_generator_for_use_has_statistics_of_its_own_weights_and_leaves_the_others_alone():
+    nets = tiny()
+    ema = copy.deepcopy(nets["G"])
+    with torch.no_grad():
+        for p in ema.parameters():
+            p.mul_(3)
+    before, average = copied(nets["G"]), copied(ema)
+    use = L.generator_for_use(nets["G"], ema, 0, 16)
+    assert same(before, nets["G"].state_dict()) and same(average, ema.state_dict()) and not use.training
+    z = torch.randn(320, 128, generator=L.rng(0, 0, "z"))
+    stem = use.stem(z).view(320, -1, 4, 4)
+    assert torch.allclose(use.blocks[0].norm1.running_var, stem.var((0, 2, 3)), rtol=0.3)
+    assert torch.equal(L.sample_images(use, 7), L.sample_images(use, 64)[:7])
+    assert same(copied(L.generator_for_use(nets["G"])), before)          # without an average: as it stands
+
+
+def test_macs_by_hand_and_of_the_papers_generator():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ConvTranspose2d(8, 4, 4, 2, 1), nn.Flatten(), nn.Linear(4 * 8 * 8, 5))
+    assert L.mac_positions(model, torch.zeros(1, 3, 8, 8)) == {"0.weight": 16, "1.weight": 16, "3.weight": 1}
+    nets = L.build("sngan", 32)
+    positions = L.gan_positions(nets, 32, 3)
+    sizes = {n: w.numel() for n, w in L.prunable_parameters(nets).items()}
+    assert sum(positions[n] * sizes[n] for n in sizes if n[0] == "G") == 1_681_129_472
+    for density, ratio in ((.1, .062945), (.2, .122647), (.5, .431482)):
+        erk = L.erk_densities({n: tuple(w.shape) for n, w in L.prunable_parameters(nets["G"]).items()}, density)
+        assert sum(positions[f"G.{n}"] * sizes[f"G.{n}"] * d for n, d in erk.items()) / 1_681_129_472 == pytest.approx(ratio, abs=1e-6)
+
+
+def test_training_macs_reproduce_the_published_totals_and_count_growth_and_ratios():
+    nets = L.build("sngan", 32)
+    positions = L.gan_positions(nets, 32, 3)
+    sizes = {n: w.numel() for n, w in L.prunable_parameters(nets).items()}
+    run = (100_000, positions, sizes, 64, 5, 128)
+    dense = L.gan_training_macs([[0, {}, []]], *run, paper=True)
+    assert dense == pytest.approx(2.668e17, rel=0.005)        # they add biases and norms, 0.2 %
+    counts = {n: int(m.sum()) for n, m in both_masks(nets, 0.1, 0.1).items()}
+    assert L.gan_training_macs([[0, counts, []]], *run, paper=True) / dense == pytest.approx(0.0897, abs=0.002)
+    exact = L.gan_training_macs([[0, {}, []]], *run)
+    assert exact == pytest.approx(1.778e17, rel=0.005)
+    # Two steps, by hand: one dense, one at the masks; growth in G looked at a dense gradient after the first.
+    one = lambda c, **more: L.gan_training_macs([[0, c, []]], 1, positions, sizes, 64, 5, 128, **more)
+    f_G, f_D = (sum(positions[n] * sizes[n] for n in sizes if n[0] == r) for r in "GD")
+    s_G = sum(positions[n] * counts[n] for n in sizes if n[0] == "G")
+    assert one({}) == 5 * 64 * (f_G + 6 * f_D) + 128 * (3 * f_G + 2 * f_D)
+    moved = L.gan_training_macs([[0, counts, []], [1, {}, ["G"]]], 2, positions, sizes, 64, 5, 128)
+    assert moved == one(counts) + one({}) + 128 * (f_G - s_G)
+    assert one({}, ratio_every=1) - one({}) == 128 * (f_G + f_D) + 64 * f_D
+
+
+# ==================================================================================================
+# 8. COMMAND LINE
+
+def refused(capsys, argv, *words, code=2):
+    """main(argv) ends with `code` and one line on stderr that holds `words`; nothing is written."""
+    before = sorted(Path.cwd().rglob("*"))
+    assert L.main([str(a) for a in argv]) == code
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "Traceback" not in err, err
+    assert all(str(word) in err for word in words), err
+    assert sorted(Path.cwd().rglob("*")) == before
+
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("argv, words", [
+    ("--method imp2", ["imp2", "dense, static, sdst, ddst"]), ("--model resnet20 --method ddst", ["resnet20", "sngan", "dcgan"]),
+    ("--dataset imagenot", ["imagenot", "celeba", "folder of images"]),
+    ("--density 0", ["(0, 1]", "got 0"]), ("--density 1.5", ["(0, 1]", "1.5"]), ("--density nan", ["(0, 1]", "nan"]),
+    ("--density-D 0", ["--density-D", "(0, 1]"]), ("--method dense --density 0.5", ["--density", "not read by dense", "static, sdst, ddst"]),
+    ("--method static --grow random", ["--grow", "sdst, ddst"]), ("--method sdst --band .4 .5", ["--band", "ddst"]),
+    ("--method sdst --max-density-D 0.5", ["--max-density-D", "ddst"]), ("--density-D 0.6 --max-density-D 0.5", ["0.6", "above"]),
+    ("--band .6 .5", ["--band", "LOW <= HIGH"]), ("--band nan .5", ["--band"]), ("--steps 0", ["--steps", "at least 1", "0"]),
+    ("--steps many", ["--steps", "many"]), ("--batch-size 1", ["--batch-size", "at least 2"]), ("--width 0", ["width", "0"]),
+    ("--width inf", ["width"]), ("--lr nan", ["--lr", "nan"]), ("--lr 0", ["--lr"]), ("--image-size 40", ["--image-size", "40"]),
+    ("--grow sideways", ["--grow", "gradient, random"]), ("--features resnet", ["--features"]), ("--n-critic 0", ["--n-critic"]),
+    ("--dataset celeba", ["data/celeba/img_align_celeba", "img_align_celeba.zip"]),
+    ("--batch-size 10001", ["10001", "10000"]), ("--no-such-flag 3", ["no-such-flag"]), ("--device tpu", ["--device"]),
+    ("--inception-weights none.pth --features inception", ["none.pth"]), ("--table nowhere", ["nowhere"]), ("--evaluate nowhere", ["nowhere"]),
+    ("--evaluate x --steps 3", ["--steps", "--evaluate"]), ("--table x --steps 3", ["--table"]), ("--ratio-every 0", ["--ratio-every"]),
+    ("--seed -1", ["--seed"]), ("--update-every -1", ["--update-every"]), ("--density 1e-9 --width .03", ["larger density"])])
+def test_bad_input_is_one_line_and_exit_code_2_with_nothing_written(empty, capsys, argv, words):
+    refused(capsys, argv.split(), *words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_is_refused_where_there_is_none(empty, capsys):
+    refused(capsys, ["--device", "cuda"], "--device cuda", "--device cpu")
+
+
+def test_folders_without_enough_images_are_refused(empty, capsys):
+    (empty / "none").mkdir()
+    refused(capsys, ["--dataset", "none"], "no image below none", ".jpg")
+    pictures(empty / "data" / "celeba" / "img_align_celeba", 2)
+    refused(capsys, ["--dataset", "celeba"], "2 images", "--batch-size")
+    pictures(empty / "few", 30)
+    refused(capsys, ["--dataset", "few"], "27 of them to train on", "64")
+
+
+def test_a_run_folder_that_is_not_this_runs_is_refused(empty, capsys):
+    (empty / "file").write_text("x")
+    refused(capsys, ["--out", "file/run"], "file is a file")
+    (empty / "mine").mkdir()
+    (empty / "mine" / "thesis.tex").write_text("x")
+    refused(capsys, ["--out", "mine"], "thesis.tex", "no run folder")
+    run = [*TINY, "--steps", "2", "--out", "run"]
+    assert L.main(run) == 0
+    capsys.readouterr()
+    (empty / "run" / "summary.json").unlink()                 # as if killed just before the end
+    refused(capsys, [*run, "--seed", "3", "--density", "0.4"], "another run", "seed 0 there, 3 here", "density 0.3 there, 0.4 here")
+    with L.locked(empty / "run"):
+        refused(capsys, run, "in use")
+    good = (empty / "run" / "done-ddst.pt").read_bytes()
+    (empty / "run" / "done-ddst.pt").write_bytes(good[:len(good) // 2])
+    refused(capsys, run, "done-ddst.pt", "delete it")
+    torch.save({"format": 1, "weights": Sneaky()}, empty / "run" / "done-ddst.pt")
+    refused(capsys, run, "done-ddst.pt")
+    (empty / "run" / "done-ddst.pt").unlink()
+    for name, content in (("last.pt", b"not a checkpoint"), ("last.pt", b""), ("config.json", b'{"method": ')):
+        kept = (empty / "run" / name).read_bytes() if (empty / "run" / name).exists() else None
+        (empty / "run" / name).write_bytes(content)
+        refused(capsys, run, name)
+        (empty / "run" / name).write_bytes(kept) if kept else (empty / "run" / name).unlink()
+    L.save_torch(empty / "run" / "last.pt", {"format": 1, "name": "ddst", "step": 1})
+    refused(capsys, run, "last.pt", "lacks")
+    (empty / "run" / "last.pt").unlink()
+    assert L.main(run) == 0                                   # nothing was lost: it runs again
+    assert not (empty / "went-off").exists()
+
+
+class Sneaky:
+    def __reduce__(self):
+        return os.mkdir, ("went-off",)
+
+
+@pytest.mark.parametrize("method", L.METHODS)
+def test_every_method_as_a_real_command_runs_refuses_continues_and_loads(tmp_path, method):
+    def command(*more):
+        return subprocess.run([sys.executable, HERE / "lottery.py", "--method", method, "--steps", "3", *TINY, *more],
+                              cwd=tmp_path, capture_output=True, text=True)
+
+    bad = command("--density", "7")
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+    done = command("--model", "dcgan") if method == "dense" else command("--density", "0.3")
+    folder, = (tmp_path / "runs").iterdir()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2].startswith("method") and method in done.stdout.splitlines()[-1]       # the table
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set("method model dataset seed steps density density_G density_D metric value floor parameters kept macs "
+               "training_macs_relative seconds".split()) <= set(summary)
+    nets, saved = L.load_model(folder / "model.pt")
+    weights = L.prunable_parameters(nets["G"])
+    if method != "dense":
+        assert sum(int((w != 0).sum()) for w in weights.values()) <= round(0.3 * sum(w.numel() for w in weights.values()))
+        assert summary["density_G"] == pytest.approx(0.3, abs=1e-4)
+    assert saved["metrics"]["value"] == pytest.approx(summary["value"]) and not nets.training
+    assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.csv", f"done-{method}.pt", "model.pt", "samples.png", "summary.json"}
+
+
+def test_a_measured_run_reads_back_the_same_number_and_stands_in_tables(empty, capsys):
+    for seed in (0, 1):
+        assert L.main([*TINY, "--steps", "4", "--seed", str(seed), "--out", f"r{seed}"]) == 0
+    assert L.main([*TINY, "--steps", "4", "--method", "dense", "--out", "d"]) == 0
+    value = json.loads((empty / "r0" / "summary.json").read_text())["value"]
+    capsys.readouterr()
+    before = {p: p.read_bytes() for p in empty.rglob("*") if p.is_file()}
+    assert L.main(["--evaluate", "r0", "--eval-images", "640"]) == 0
+    assert f"FD-random-640 {value:.4f}, real against real" in capsys.readouterr().out
+    assert L.main(["--table", "r0", "r1", "d"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and " ± " in lines[1] and lines[1].endswith("2") and " ± " not in lines[2]
+    assert L.main([*TINY, "--steps", "4", "--out", "r0"]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert before == {p: p.read_bytes() for p in empty.rglob("*") if p.is_file()}
+
+
+def test_few_images_get_no_distance_but_a_training(empty, capsys):
+    pictures(empty / "own", 60)
+    assert L.main([*TINY, "--dataset", "own", "--steps", "2", "--image-size", "32", "--out", "r"]) == 0
+    said = capsys.readouterr().out
+    assert "6 held-out images are too few" in said and json.loads((empty / "r" / "summary.json").read_text())["value"] is None
+
+
+def test_the_metric_is_of_the_weights_in_the_model_file(empty):
+    assert L.main([*TINY, "--steps", "30", "--out", "r"]) == 0
+    nets, saved = L.load_model("r/model.pt")
+    network = L.feature_network("random")
+    real = L.extract(L.load_images("shapes", train=False)[0][:640], network)
+    fake = L.extract(L.sample_images(nets["G"], 640, 0, "evaluate"), network)
+    assert L.frechet_distance(real, fake) == pytest.approx(saved["metrics"]["value"], rel=1e-6)
+    for name, mask in saved["masks"].items():
+        assert bool((nets.get_parameter(name)[~mask] == 0).all())
+
+
+def test_the_balance_is_explained_once_a_side(capsys):
+    state = {"log": {}}
+    for ratio in (math.nan, 0.1, 0.1, 0.5, 0.9, 0.9, math.inf, 0.1):
+        state["log"]["balance_ratio"] = ratio
+        L.explain_ratio(state, 100, 1000)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "0.10" in said[0] and "D is the stronger" in said[0] and "too weak" in said[1]
+    L.explain_ratio({"log": {"balance_ratio": 9.0}}, 50, 1000)                # the start says nothing yet
+    assert not capsys.readouterr().out
+
+
+def test_a_run_that_would_take_days_names_a_command_that_fits(empty, capsys, monkeypatch):
+    times = iter([20.0, 0.5])
+    monkeypatch.setattr(L, "seconds_per_step", lambda *args: next(times))
+    monkeypatch.setitem(L.METHODS, "ddst", lambda job: L.estimate(job, None, {}) or {"seed": 0})
+    assert L.main("--dataset shapes --steps 100000 --width 1".split()) == 0
+    said = capsys.readouterr().out
+    assert "100,000 steps take about 23 days on this cpu" in said
+    assert "about 20 min here: python lottery.py --method ddst --dataset shapes --model sngan --width 0.25 --n-critic 1 --batch-size 16 --steps 2400" in said
+
+
+KILLER = """
+import os, signal, sys
+import lottery as L
+when, count, n, steps = sys.argv[1], int(sys.argv[2]), 0, 0
+
+def write_atomically(path, write, real=L.write_atomically):
+    global n
+    n += path.name in ("last.pt", "metrics.csv", "done-%s.pt" % sys.argv[4])
+    if n == count and when == "before": os.kill(os.getpid(), signal.SIGKILL)
+    def half(file):
+        write(file)
+        if n == count and when == "during":
+            file.flush(); os.ftruncate(file.fileno(), file.tell() // 2); os.kill(os.getpid(), signal.SIGKILL)
+    real(path, half)
+    if n == count and when == "after": os.kill(os.getpid(), signal.SIGKILL)
+
+L.write_atomically = write_atomically
+step = L.gan_step
+
+def gan_step(*args):
+    out = step(*args)
+    global steps
+    steps += 1
+    if when == "step" and steps == count: os.kill(os.getpid(), signal.SIGKILL)
+    return out
+
+L.gan_step = gan_step
+sys.exit(L.main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@pytest.mark.parametrize("method, model", [("ddst", "sngan"), ("dense", "dcgan")])
+def test_killed_at_several_moments_and_started_again_is_bit_identical(tmp_path, method, model):
+    flags = ["--method", method, "--model", model, *TINY, "--steps", "90", "--eval-every", "30", "--checkpoint-s", "0",
+             *(["--update-every", "7"] if method == "ddst" else [])]
+
+    def start(out, when="never", count=0):
+        return subprocess.run([sys.executable, "-c", KILLER, when, str(count), *flags, "--out", str(tmp_path / out)],
+                              cwd=HERE, capture_output=True, text=True)
+
+    # Writes go metrics.csv, last.pt, metrics.csv, ... : in a step, in a half-written checkpoint or table, between the two.
+    for when, count in (("step", 12), ("during", 60), ("before", 31), ("during", 30), ("after", 20)):
+        done = start("killed", when, count)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    done = start("killed")
+    assert done.returncode == 0 and "continuing from step" in done.stdout, done.stderr
+    assert start("whole").returncode == 0
+    a, b = (L.load_torch(tmp_path / out / f"done-{method}.pt") for out in ("killed", "whole"))
+    for key in ("weights", "masks", "ema"):
+        assert same(a[key], b[key]), key
+    if method == "ddst":
+        assert a["ema"] and a["masks"] and len(a["state"]["history"]) > 5
+        assert a["state"]["history"] == b["state"]["history"] and a["state"]["window"] == b["state"]["window"]
+    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(tmp_path / out / "metrics.csv", newline=""))]
+            for out in ("killed", "whole")]
+    assert rows[0] == rows[1] and len(rows[0]) == 91
+    a, b = (L.load_torch(tmp_path / out / "model.pt") for out in ("killed", "whole"))
+    assert same(a["weights"], b["weights"])
+
+
+def test_the_commands_and_the_snippet_of_readme_are_real(empty, capsys):
+    text = (HERE / "README.md").read_text()
+    for line in re.findall(r"^(?:\$ )?python lottery\.py(.*)$", text, re.M):
+        argv = line.split("#")[0].split()
+        given = L.parse(argv)                                 # every flag exists
+        if "table" not in given and "evaluate" not in given:
+            L.resolve(given)                                  # and every value is accepted
+    targets = (HERE / "Makefile").read_text()
+    assert all(re.search(rf"^{target}:", targets, re.M) for target in set(re.findall(r"\bmake (\w+)$", text, re.M)))
+    assert L.main([*TINY, "--steps", "2", "--out", "runs/ddst-sngan-shapes-0"]) == 0
+    snippet, = re.findall(r"```python\n(import lottery.*?)```", text, re.S)
+    capsys.readouterr()
+    exec(snippet, {})
+    answer = re.findall(r"# -> (.*)", snippet)
+    assert capsys.readouterr().out.splitlines()[:1] == answer[:1]
+
+
+# `make bench` ---------------------------------------------------------------------------------------
+
+def median(values):
+    return sorted(values)[len(values) // 2]
+
+
+def timed(function, times=5):
+    taken = []
+    for _ in range(times):
+        began = time.perf_counter()
+        function()
+        taken.append(time.perf_counter() - began)
+    return median(taken)
+
+
+def pruned_by_hooks(nets, masks):
+    """The same masks through torch.nn.utils.prune, whose hooks multiply in every forward."""
+    for name, mask in masks.items():
+        path, _, leaf = name.rpartition(".")
+        torch.nn.utils.prune.custom_from_mask(nets.get_submodule(path), leaf, mask)
+    return nets
+
+
+def bench_masks(model, batch_size):
+    """apply_masks_ over a training step, and that step against the same with torch's pruning hooks."""
+    s = L.resolve(dict(method="dense", dataset="cifar10", model=model, batch_size=batch_size, n_critic=1, device="cpu"))
+    images = L.shapes(200)[0]
+    nets, theirs = (L.build(model, 32, 3, 1.0, s["z"]) for _ in range(2))
+    masks = both_masks(nets, 0.2, 0.2)
+    pruned_by_hooks(theirs, both_masks(theirs, 0.2, 0.2))
+    L.apply_masks_(nets, masks)
+    ours = L.gan_step_fn(s, images, nets, L.gan_optimizers(nets, s), masks, torch.device("cpu"))
+    hooks = L.gan_step_fn(s, images, theirs, L.gan_optimizers(theirs, s), {}, torch.device("cpu"))
+    pairs = [(timed(lambda: ours(k), 1), timed(lambda: hooks(k), 1)) for k in range(6)][1:]
+    step, apply = median([a for a, _ in pairs]), timed(lambda: L.apply_masks_(nets, masks), 20)
+    weights = sum(m.numel() for m in masks.values())
+    print(f"apply_masks_ over a step, {model} width 1, {weights:,} weights, batch {batch_size}: "
+          f"{apply / step:.4f}   ({1e3 * apply:.1f} ms of {step:.2f} s; wanted <= 0.01)")
+    print(f"  the step with torch.nn.utils.prune's hooks over ours: {median([b / a for a, b in pairs]):.2f}")
+
+
+def bench_thresholds():
+    layers = nn.ModuleList(nn.Linear(1000, 1000, bias=False) for _ in range(11))
+    weights = L.prunable_parameters(layers)
+    ours = timed(lambda: L.prune_masks({n: w.abs() for n, w in weights.items()}, 0.2), 3)
+    theirs = timed(lambda: torch.nn.utils.prune.global_unstructured([(m, "weight") for m in layers],
+                                                                    torch.nn.utils.prune.L1Unstructured, amount=0.8), 1)
+    print(f"torch.nn.utils.prune.global_unstructured over prune_masks, 11,000,000 weights, 20 % kept: "
+          f"{theirs / ours:.1f}   ({theirs:.2f} s, {ours:.2f} s; wanted >= 5)")
+
+
+def bench_batches():
+    torchvision = L.import_torchvision()
+    images = L.shapes(10_000)[0]
+
+    class Pictures(torch.utils.data.Dataset):                 # as torchvision's CIFAR10 hands them out
+        def __init__(self):
+            from PIL import Image
+            self.pictures = [Image.fromarray(i.permute(1, 2, 0).numpy()) for i in images]
+            self.turn = torchvision.transforms.Compose([torchvision.transforms.RandomHorizontalFlip(), torchvision.transforms.ToTensor(),
+                                                        torchvision.transforms.Normalize([0.5] * 3, [0.5] * 3)])
+
+        def __len__(self):
+            return len(self.pictures)
+
+        def __getitem__(self, i):
+            return self.turn(self.pictures[i])
+
+    loader = torch.utils.data.DataLoader(Pictures(), 64, shuffle=True, drop_last=True)
+    theirs = timed(lambda: [b for b in loader], 3)
+    ours = timed(lambda: [L.batch(images, k * 64, 64, 0, flip=True) for k in range(len(images) // 64)], 3)
+    print(f"DataLoader with ToTensor over batch(), 10,000 images of 32 px, batch 64, flips: "
+          f"{theirs / ours:.1f}   ({theirs:.2f} s, {ours:.2f} s; wanted >= 10)")
+
+
+def bench_start():
+    run = lambda *argv: timed(lambda: subprocess.run([sys.executable, *argv], capture_output=True, cwd=HERE, check=True), 1)
+    run("-c", "import torch")
+    pairs = [(run("lottery.py", "--help"), run("-c", "import torch")) for _ in range(9)]
+    print(f"python lottery.py --help over python -c 'import torch': {median([a / b for a, b in pairs]):.2f}   "
+          f"({median([a for a, _ in pairs]):.2f} s; wanted <= 1.1)")
+
+
+def bench_step(pairs=100):
+    """Our loop against the plain one, step by step in turn, and what the balance ratio adds."""
+    s = L.resolve(dict(method="dense", device="cpu"))
+    images, B = L.shapes(2000)[0], s["batch_size"]
+    nets = L.build("sngan", 32, 3, s["width"], s["z"])
+    plain = plain_loop(L.build("sngan", 32, 3, s["width"], s["z"]), images, lr=s["lr"], batch_size=B)
+    optimizers, masks, state, ema = L.gan_optimizers(nets, s), {}, {}, nn.ModuleDict({"G": copy.deepcopy(nets["G"])})
+    measure = L.dynamic_gan(nets, optimizers, masks, state, steps=10 ** 6, seed=0, ratio_every=1, window_steps=10)
+    step_fn = L.gan_step_fn(s, images, nets, optimizers, masks, torch.device("cpu"))
+    ours, theirs, ratio, since = [], [], [], [time.perf_counter()]
+
+    def after_step(step, out):                                # our step ends here; its average follows in the next span
+        now = time.perf_counter()
+        ours.append(now - since[0])
+        theirs.append(timed(lambda: next(plain), 1))
+        ratio.append(timed(lambda: measure(step, out), 1))
+        since[0] = time.perf_counter()
+
+    L.train(nets, step_fn, pairs + 6, optimizers=optimizers, masks=masks, after_step=after_step, state=state, ema=ema,
+            show=lambda line: None)
+    ours, theirs, ratio = ours[6:], theirs[6:], ratio[6:]
+    print(f"a dense step of ours over the plain loop, sngan width {s['width']}, batch {B}, {len(ours)} pairs: "
+          f"{median([a / b for a, b in zip(ours, theirs)]):.3f}   ({1e3 * median(ours):.1f} ms; wanted <= 1.03)")
+    print(f"the balance ratio every {s['ratio_every']} steps over a step: {median(ratio) / median(ours) / s['ratio_every']:.3f}   "
+          f"({1e3 * median(ratio):.1f} ms each; wanted <= 0.03)")
+
+
+def bench():
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; ratios of one run, medians")
+    bench_start()
+    bench_batches()
+    bench_thresholds()
+    bench_step()
+    bench_masks("dcgan", 16)
+    bench_masks("sngan", 4)
+
+
+if __name__ == "__main__":
+    bench()
