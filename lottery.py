@@ -4,7 +4,7 @@
 Result   @@RESULT@@
 Contents 1. DATA  2. MODELS  3. MASKS  4. OBJECTIVES  5. TRAINING  6. DYNAMIC SPARSE TRAINING
          7. METRICS  8. COMMAND LINE                                       (search for "# 3. MASKS")
-Legend   B batch   c image channels   S side of an image, pixels   w width   z latent size
+Legend   B batch   c image channels   S side of an image, pixels   w base channels   z latent size
          G generator   D discriminator   m mask, 1 = keep   d density, share of weights kept, 0..1
          images are in [-1, 1] in networks, uint8 in memory; a step is one update of G
 
@@ -26,6 +26,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -41,13 +42,13 @@ from torch import nn
 #    (seed, position), so there is no loader to save, to restart or to wait for.
 
 DATASETS = {                  # native size, channels, may be mirrored (a mirrored 7 is not a 7)
-    "shapes":        dict(size=32, channels=3, flip=False),
-    "mnist":         dict(size=32, channels=1, flip=False),
-    "fashion_mnist": dict(size=32, channels=1, flip=False),
-    "cifar10":       dict(size=32, channels=3, flip=True),
-    "stl10":         dict(size=48, channels=3, flip=True),
-    "celeba":        dict(size=64, channels=3, flip=True),
-    "folder":        dict(size=64, channels=3, flip=True),     # any path that is a folder of images
+    "shapes":        dict(image_size=32, channels=3, flip=False),
+    "mnist":         dict(image_size=32, channels=1, flip=False),
+    "fashion_mnist": dict(image_size=32, channels=1, flip=False),
+    "cifar10":       dict(image_size=32, channels=3, flip=True),
+    "stl10":         dict(image_size=48, channels=3, flip=True),
+    "celeba":        dict(image_size=64, channels=3, flip=True),
+    "folder":        dict(image_size=64, channels=3, flip=True),     # any path that is a folder of images
 }
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
@@ -119,48 +120,55 @@ def list_images(folder):
     return found
 
 
+def decode_image(path, size, crop=None):
+    """uint8 (size, size, 3): the centre square of a picture file, at most `crop` pixels wide, resized. A line
+    of text instead when the file cannot be read."""
+    from PIL import Image, ImageOps             # comes with torchvision
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image).convert("RGB")
+            side = min(crop or max(image.size), *image.size)
+            left, top = ((length - side) // 2 for length in image.size)
+            image = image.crop((left, top, left + side, top + side))
+            return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return f"skipped {path}: {error}"
+
+
 def decode_folder(folder, size, crop=None):
-    """All images below `folder` as uint8 (N, 3, size, size): centre square, at most `crop` pixels, resized.
+    """All images below `folder` as uint8 (N, 3, size, size), by decode_image.
 
     A file that cannot be read is named, skipped and counted. From 1,000 images on the result is
     kept beside the folder as NAME-SIZE-DIGEST.npy. The digest is of the listing (names, lengths,
     times), so a changed folder is decoded again and an old cache is never mistaken for it.
     """
-    from PIL import Image, ImageOps             # comes with torchvision
-
-    def decode(path):
-        try:
-            with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image).convert("RGB")
-                side = min(crop or max(image.size), *image.size)
-                left, top = ((length - side) // 2 for length in image.size)
-                image = image.crop((left, top, left + side, top + side))
-                return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return f"skipped {path}: {error}"
-
     folder = Path(folder).resolve()
-    paths = list_images(folder)
+    paths = tuple(list_images(folder))
     listing = "\n".join(f"{p.relative_to(folder)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in paths)
     digest = hashlib.sha256(f"{crop}\n{listing}".encode()).hexdigest()[:12]
-    cache = folder.parent / f"{folder.name}-{size}-{digest}.npy"
+    return decode_listed(paths, size, crop, folder.parent / f"{folder.name}-{size}-{digest}.npy")
+
+
+@functools.lru_cache(maxsize=1)                 # asked once for the training part, once for the held-out one
+def decode_listed(paths, size, crop, cache):
+    """decode_folder's images, from the file `cache` when that is there and whole."""
     try:
         images = np.load(cache, allow_pickle=False)
-    except (OSError, ValueError, EOFError):     # not there, or cut off: decode
+    except (OSError, ValueError, EOFError):
         with concurrent.futures.ThreadPoolExecutor() as pool:        # PIL decodes outside Python's lock
-            decoded = list(pool.map(decode, paths))
+            decoded = list(pool.map(lambda path: decode_image(path, size, crop), paths))
         for line in (d for d in decoded if isinstance(d, str)):
             print(line, file=sys.stderr)
         images = [d for d in decoded if not isinstance(d, str)]
         if not images:
-            raise ValueError(f"none of the {len(paths)} images below {folder} can be read")
-        images = np.stack(images).transpose(0, 3, 1, 2)
+            raise ValueError(f"none of the {len(paths)} images below {paths[0].parent} can be read")
+        images = np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
         if len(paths) >= 1000:
             with contextlib.suppress(OSError):  # a folder that cannot be written to: decode every time
                 write_atomically(cache, lambda file: np.save(file, images))
     if len(images) < len(paths):
-        print(f"{len(paths) - len(images)} of {len(paths)} images below {folder} cannot be read and are left out")
-    return torch.from_numpy(np.ascontiguousarray(images))
+        print(f"{len(paths) - len(images)} of {len(paths)} images cannot be read and are left out")
+    return torch.from_numpy(images)
 
 
 def write_atomically(path, write):
@@ -191,7 +199,7 @@ def load_images(name, root="data", size=None, train=True, at_least=1):
     CelebA and plain folders have no test part here: the last 10 % of a seeded permutation are held out.
     ValueError when the data are missing, or fewer than `at_least` (said before anything is decoded).
     """
-    size = size or DATASETS.get(name, DATASETS["folder"])["size"]
+    size = size or DATASETS.get(name, DATASETS["folder"])["image_size"]
     if name == "shapes":
         return shapes(10_000, size, seed=0) if train else shapes(2_000, size, seed=1)
     if name in DATASETS and name not in ("celeba", "folder"):
@@ -281,7 +289,8 @@ def latents(count, z, seed, step, purpose, k=0, device="cpu"):
 #    generator), at 32, 48 and 64 pixels. The class and the names inside are the same in every role,
 #    so a ticket of one can be tried in the other.
 
-MODELS = {   # objective and defaults; --width multiplies every channel count
+MODELS = {   # objective and defaults. g_batches: G's batch, in batches of D; ema: longest decay of the average of G's
+             # weights, 0 = none; clip: D's weights stay in [-clip, clip], 0 = off; --width multiplies all channels
     "sngan":        dict(objective="hinge", optimizer="adam", lr=2e-4, betas=(0.0, 0.9), n_critic=5, g_batches=2,
                          ema=0.999, z=128, clip=0.0, steps=100_000, batch_size=64),       # Wang et al. 2023
     "dcgan":        dict(objective="non-saturating", optimizer="adam", lr=2e-4, betas=(0.5, 0.999), n_critic=1,
@@ -294,19 +303,20 @@ MODELS = {   # objective and defaults; --width multiplies every channel count
 
 
 class Encoder(nn.Module):
-    """Strided convolutions, image to vector: c-w-2w-4w-8w by 4/2/1, then one as large as what is left.
+    """Strided convolutions, image to vector: c-w-2w-4w-8w (kernel 4, stride 2, padding 1), then one as
+    large as what is left. w is `base`, the channels after the first convolution; 64 in the paper.
 
     (B, channels, size, size) -> (B, out). `leaky` is the slope for negative inputs: .2 as a
     discriminator, 0 (ReLU) as an encoder. Batch norm after every convolution but the head.
     """
 
-    def __init__(self, size, channels, width, out, leaky=0.0):
+    def __init__(self, size, channels, base, out, leaky=0.0):
         super().__init__()
-        widths = [channels, width, 2 * width, 4 * width, 8 * width]
+        widths = [channels, base, 2 * base, 4 * base, 8 * base]
         self.leaky = leaky
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in zip(widths, widths[1:]))
         self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths[1:])
-        self.head = nn.Conv2d(8 * width, out, size // 16)
+        self.head = nn.Conv2d(8 * base, out, size // 16)
 
     def forward(self, x):                                    # (B, c, S, S)
         for conv, norm in zip(self.convs, self.norms):
@@ -317,11 +327,11 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The mirror of Encoder, vector to image: (B, z) -> (B, channels, size, size) in [-1, 1]."""
 
-    def __init__(self, size, channels, width, z):
+    def __init__(self, size, channels, base, z):
         super().__init__()
-        widths = [8 * width, 4 * width, 2 * width, width, channels]
+        widths = [8 * base, 4 * base, 2 * base, base, channels]
         self.z = z
-        self.stem = nn.ConvTranspose2d(z, 8 * width, size // 16)
+        self.stem = nn.ConvTranspose2d(z, 8 * base, size // 16)
         self.norms = nn.ModuleList(nn.BatchNorm2d(a) for a in widths[:-1])
         self.convs = nn.ModuleList(nn.ConvTranspose2d(a, b, 4, 2, 1) for a, b in zip(widths, widths[1:]))
 
@@ -505,28 +515,23 @@ def keep_top(scores, k):
     """Bool mask of exactly k True at the largest entries of the flat tensor `scores`.
 
     Everything strictly above the k-th value, then ties by position. So an all-equal tensor keeps its
-    first k; `scores >= value`, which public code uses, would keep all of it. kthvalue and not sort:
-    about five times faster, and topk's order among ties is not the order of positions.
+    first k; `scores >= value`, which public code uses, would keep all of it. topk will not do (its order
+    among ties is not that of positions), sort is five times slower than kthvalue, and numpy's partition
+    three times faster than that on a CPU (11 million scores).
     """
     n = scores.numel()
     if torch.isnan(scores).any():
         raise ValueError("scores hold NaN, which has no rank; look for the step where a weight or gradient became NaN")
     if not 0 < k < n:
         return torch.full_like(scores, k >= n, dtype=torch.bool)
-    kth = kth_largest(scores, k)
+    if scores.device.type == "cpu":
+        kth = float(np.partition(scores.detach().numpy(), n - k)[n - k])
+    else:
+        kth = scores.kthvalue(n - k + 1).values
     keep = scores > kth
     missing = k - int(torch.count_nonzero(keep))
     keep[(scores == kth).nonzero().squeeze(1)[:missing]] = True
     return keep
-
-
-def kth_largest(scores, k):
-    """The k-th largest value of a flat tensor, 1 <= k <= n, as a scalar tensor. On the CPU by numpy's
-    partition (a third of kthvalue's time at 11 million), elsewhere by kthvalue."""
-    n = scores.numel()
-    if scores.device.type == "cpu":
-        return torch.from_numpy(np.partition(scores.detach().numpy(), n - k)[n - k:n - k + 1])
-    return scores.kthvalue(n - k + 1).values
 
 
 def prune_masks(scores, density, masks=None):
@@ -609,12 +614,10 @@ def random_masks(parameters, density, generator):
     sizes = {name: p.numel() for name, p in parameters.items()}
     densities = erk_densities({name: tuple(p.shape) for name, p in parameters.items()}, density)
     counts = exact_counts(densities, sizes, round(density * sum(sizes.values())))
-    masks = {}
-    for name, parameter in parameters.items():
-        flat = torch.zeros(sizes[name])
+    flats = {name: torch.zeros(size) for name, size in sizes.items()}
+    for name, flat in flats.items():
         flat[torch.randperm(sizes[name], generator=generator)[:counts[name]]] = 1
-        masks[name] = torch.empty_like(parameter, requires_grad=False).copy_(flat.view(parameter.shape))
-    return masks
+    return split_like(torch.cat(list(flats.values())), parameters)
 
 
 @torch.no_grad()
@@ -659,18 +662,6 @@ def generator_loss(objective, fake):
     return F.softplus(-fake).mean() if objective == "non-saturating" else -fake.mean()
 
 
-@contextlib.contextmanager
-def frozen(module):
-    """Inside, no parameter of `module` requires a gradient; afterwards each is what it was."""
-    flags = [(p, p.requires_grad) for p in module.parameters()]
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
 def gan_step(G, D, optimizers, draw_real, draw_latents, objective="hinge", n_critic=1, clip=0.0, masks=None):
     """One iteration: n_critic steps of D, then one of G.
 
@@ -682,8 +673,8 @@ def gan_step(G, D, optimizers, draw_real, draw_latents, objective="hinge", n_cri
 
     Returns losses {"D", "G"} and what a measurement of this iteration needs: the last real batch
     `real`, G's latents `z` and D's logits of its images `fake_logits`, before G's step.
-    Gradients stay: D's .grad is of its last step here, G's of its own loss. D is frozen while G
-    learns; otherwise G's loss would leak into the gradients by which D grows.
+    Gradients stay: D's .grad is of its last step here, G's of its own loss. G's backward stops at G
+    (`inputs=`); otherwise its loss would leak into the gradients by which D grows.
     """
     masks = masks or {"G": {}, "D": {}}
     for k in range(n_critic):
@@ -699,14 +690,13 @@ def gan_step(G, D, optimizers, draw_real, draw_latents, objective="hinge", n_cri
                 for parameter in D.parameters():
                     parameter.clamp_(-clip, clip)
         apply_masks_(D, masks["D"])
-    with frozen(D):
-        z = draw_latents("G", 0)
-        optimizers["G"].zero_grad()
-        fake_logits = D(G(z))
-        loss_G = generator_loss(objective, fake_logits)
-        loss_G.backward()
-        optimizers["G"].step()
-        apply_masks_(G, masks["G"])
+    z = draw_latents("G", 0)                                  # (B_G, z)
+    optimizers["G"].zero_grad()
+    fake_logits = D(G(z))                                     # (B_G, 1)
+    loss_G = generator_loss(objective, fake_logits)
+    loss_G.backward(inputs=[p for p in G.parameters() if p.requires_grad])       # nothing is added to D's .grad
+    optimizers["G"].step()
+    apply_masks_(G, masks["G"])
     return {"losses": {"D": loss_D.detach(), "G": loss_G.detach()},
             "real": real, "z": z, "fake_logits": fake_logits.detach()}
 
@@ -765,8 +755,12 @@ def load_torch(path, device="cpu"):
     except FileNotFoundError:
         raise
     except Exception as error:      # zip, pickle and torch each have errors of their own for a damaged file
-        reason = str(error).strip().split("\n")[0][:100]
-        raise ValueError(f"cannot read {path} ({type(error).__name__}: {reason}); delete it or restore a copy") from None
+        raise ValueError(f"cannot read {path} ({first_line(error)}); delete it or restore a copy") from None
+
+
+def first_line(error):
+    """The first line of an exception's message, with its class: torch's own run to twenty lines."""
+    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:120]
 
 
 def to_bool(masks):
@@ -774,42 +768,32 @@ def to_bool(masks):
     return {name: mask.bool() for name, mask in masks.items()}
 
 
-def snapshot(nets, ema, masks, **more):
-    """All that a training needs to go on, as one dict of tensors and plain values."""
-    return {"format": 1, "weights": nets.state_dict(), "ema": ema.state_dict() if ema else {},
-            "masks": to_bool(masks), **more}
-
-
-def restore_(saved, nets, ema, masks, optimizers=None):
-    """Copy a snapshot into networks, average, masks and optimizers, in place. ValueError if it does not fit."""
+def restore_(saved, nets, ema, masks, optimizers):
+    """Copy a checkpoint into networks, average, masks and optimizers, in place. ValueError if it does not fit."""
     try:
         nets.load_state_dict(saved["weights"])
-        if ema:
-            ema.load_state_dict(saved["ema"])
+        ema.load_state_dict(saved["ema"])
         if set(masks) != set(saved["masks"]):
             raise KeyError("masks of other layers")
         for name, mask in masks.items():
             mask.copy_(saved["masks"][name])
-        for role in optimizers or {}:
+        for role in optimizers:
             optimizers[role].load_state_dict(saved["optimizers"][role])
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"does not belong to these networks: {str(error).strip().splitlines()[0][:100]}") from None
+        raise ValueError(f"does not belong to these networks: {first_line(error)}") from None
 
 
 def find_checkpoint(folder, name, device="cpu"):
-    """(saved, finished) of the training `name` in a run folder: its done file, else last.pt if that is
-    its own, else (None, False)."""
-    if folder is None:
-        return None, False
-    for path, finished in ((folder / f"done-{name}.pt", True), (folder / "last.pt", False)):
+    """(path, content) of the training `name` in a run folder: its done file, else last.pt if that is its own, else None."""
+    for path in (folder / f"done-{name}.pt", folder / "last.pt"):
         if path.exists():
             saved = load_torch(path, device)
             lacks = {"name", "step", "rows", "seconds", "state", "weights", "masks", "ema", "recent"} - set(saved)
             if lacks:
                 raise ValueError(f"cannot read {path} (it lacks {', '.join(sorted(lacks))}); delete it or restore a copy")
             if saved["name"] == name:
-                return saved, finished
-    return None, False
+                return path, saved
+    return None
 
 
 def write_rows(folder, name, rows):
@@ -817,7 +801,7 @@ def write_rows(folder, name, rows):
     path, others = folder / "metrics.csv", []
     if path.exists():
         with open(path, newline="") as file:
-            others = [row for row in csv.DictReader(file) if row["training"] != name]
+            others = [row for row in csv.DictReader(file) if row.get("training") not in (None, name)]
     text = io.StringIO()
     fields = sorted(dict.fromkeys(key for row in [*others, *rows] for key in row),
                     key=lambda key: not key.startswith(("training", "step", "seconds", "loss_")))
@@ -827,19 +811,19 @@ def write_rows(folder, name, rows):
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def check_finite(losses, step, nets, checkpoint):
+def check_finite(losses, step, nets, good):
     """FloatingPointError when a loss or a weight is not finite, naming network, step and last good checkpoint."""
     bad = [f"loss of {name} is {float(value)}" for name, value in losses.items() if not math.isfinite(value)]
     bad += [f"a weight of {name} is not finite" for name, net in (nets or {}).items()
             if not all(torch.isfinite(p).all() for p in net.parameters())]
     if bad:
-        raise FloatingPointError(f"{bad[0]} at step {step}; last good checkpoint: {checkpoint}. "
+        raise FloatingPointError(f"{bad[0]} at step {step}; last good checkpoint: {good}. "
                                  f"Try a smaller --lr, or another --seed")
 
 
 def train(nets, step_fn, steps, *, optimizers, start=0, masks=None, after_step=None, state=None, ema=None,
           ema_longest=0.999, evaluate=None, eval_every=0, folder=None, name="train", checkpoint_s=120.0,
-          images_per_step=0, show=print):
+          images_per_step=0, show=functools.partial(print, flush=True)):
     """Train `nets` in place from step `start` to step `steps`; returns Trained.
 
     nets         nn.ModuleDict of roles; optimizers {role: optimizer}
@@ -858,28 +842,28 @@ def train(nets, step_fn, steps, *, optimizers, start=0, masks=None, after_step=N
     tenth step, because every look waits for the device.
     """
     masks, state, ema = {} if masks is None else masks, {} if state is None else state, ema or nn.ModuleDict()
-    device, log_every, last = next(nets.parameters()).device, max(1, (steps - start) // 200), "none"
-    step, rows, recent, before = start, [], [], 0.0
+    device, log_every, good = next(nets.parameters()).device, max(1, (steps - start) // 200), "none"
+    step, rows, recent, seconds_before = start, [], [], 0.0
     apply_masks_(nets, masks)                       # the first forward sees the sparse network, not the dense one
     apply_masks_(ema, {n: m for n, m in masks.items() if n.split(".")[0] in ema})
-    saved, finished = find_checkpoint(folder, name, device)
-    if saved:
-        path = folder / (f"done-{name}.pt" if finished else "last.pt")
+    if folder and (found := find_checkpoint(folder, name, device)):
+        path, saved = found
+        finished = path.name != "last.pt"
         try:
-            restore_(saved, nets, ema, masks, None if finished else optimizers)
+            restore_(saved, nets, ema, masks, {} if finished else optimizers)
         except ValueError as error:
             raise ValueError(f"{path} {error}; delete it or name another --out") from None
-        step, rows, before, recent = saved["step"], saved["rows"], saved["seconds"], list(saved["recent"])
+        step, rows, seconds_before, recent = saved["step"], saved["rows"], saved["seconds"], saved["recent"]
         state.clear(), state.update(saved["state"])
-        last = f"{path} (step {step})"
+        good = f"{path} (step {step})"
         if finished:
-            return Trained(step, rows, before)
+            return Trained(step, rows, seconds_before)
         show(f"{name}: continuing from step {step:,}")
-    began = shown = checked = time.perf_counter()
-    begun_at, roles = step, None
+    began = shown = checked = time.perf_counter()   # shown, checked: the last line printed, the last checkpoint written
+    first_step, roles = step, None
 
     def seconds():
-        return before + time.perf_counter() - began
+        return seconds_before + time.perf_counter() - began
 
     def row(numbers):
         """One row of metrics.csv: mean losses since the last row, the log, and `numbers`."""
@@ -891,20 +875,24 @@ def train(nets, step_fn, steps, *, optimizers, start=0, masks=None, after_step=N
             write_rows(folder, name, rows)
 
     def save(path, **more):
-        save_torch(path, snapshot(nets, ema, masks, name=name, step=step, rows=rows, seconds=seconds(),
-                                  state=state, recent=recent, **more))
+        save_torch(path, {"format": 1, "name": name, "step": step, "rows": rows, "recent": recent, "seconds": seconds(),
+                          "state": state, "weights": nets.state_dict(), "ema": ema.state_dict(), "masks": to_bool(masks), **more})
 
     if step == start and evaluate:
         row(evaluate(step))
-    loop_began = time.perf_counter()
+    loop_began = time.perf_counter()                # leaves the first evaluation out of the time per step
     while step < steps:
         out = step_fn(step)
         step += 1
         roles = list(out["losses"])
         recent.append(torch.stack(list(out["losses"].values())).float())
         if device.type == "cpu" or step % 10 == 0:
-            check_finite(out["losses"], step, None, last)
-        stop = bool(after_step and after_step(step, out))
+            check_finite(out["losses"], step, None, good)
+        try:
+            stop = bool(after_step and after_step(step, out))
+        except (ValueError, FloatingPointError) as error:     # NaN has no rank, and no gradient to grow by
+            check_finite(out["losses"], step, nets, good)
+            raise FloatingPointError(f"{error}, at step {step}; good good checkpoint: {good}") from None
         for role in ema:
             ema_update_(ema[role], nets[role], ema_decay(step - 1, ema_longest), of_role(masks, role))
         end = stop or step == steps
@@ -914,17 +902,17 @@ def train(nets, step_fn, steps, *, optimizers, start=0, masks=None, after_step=N
             row({})
         now = time.perf_counter()
         if end or now - shown > 10:
-            show(progress_line(step, steps, out["losses"], state.get("log", {}), (now - loop_began) / (step - begun_at),
+            show(progress_line(step, steps, out["losses"], state.get("log", {}), (now - loop_began) / (step - first_step),
                                images_per_step))
             shown = now
         if folder and not end and now - checked >= checkpoint_s:
-            check_finite(out["losses"], step, nets, last)
+            check_finite(out["losses"], step, nets, good)
             save(folder / "last.pt", optimizers={role: o.state_dict() for role, o in optimizers.items()})
-            last, checked = f"{folder / 'last.pt'} (step {step})", time.perf_counter()
+            good, checked = f"{folder / 'last.pt'} (step {step})", time.perf_counter()
         if stop:
             break
     if folder:
-        check_finite({}, step, nets, last)
+        check_finite({}, step, nets, good)
         save(folder / f"done-{name}.pt")
         (folder / "last.pt").unlink(missing_ok=True)
     return Trained(step, rows, seconds())
@@ -993,17 +981,16 @@ def drop_and_grow_(weights, masks, gradients, drop, grow, how="gradient", genera
     Returns ({name: bool, newly grown}, number dropped, number grown): fewer than asked for when
     nothing more may be dropped or is left to grow. Counts are exact. drop = 0 and grow = 0 do nothing.
     """
-    check_how(how)
-    flat = {key: torch.cat([part[name].detach().flatten() for name in masks])
-            for key, part in (("weight", weights), ("mask", masks))}
-    magnitude, keep = flat["weight"].abs(), flat["mask"] != 0
-    was = keep.clone()
+    if how not in ("gradient", "random"):
+        raise ValueError(f"weights grow by gradient or random; got {how!r}")
+    magnitude = torch.cat([weights[name].detach().flatten() for name in masks]).abs()
+    was = torch.cat([mask.flatten() for mask in masks.values()]) != 0
     safe = torch.cat([row_largest(weights[name].detach(), masks[name], (output_dim or {}).get(name, 0)).flatten()
                       for name in masks])
-    may_drop = keep & ~safe
+    may_drop = was & ~safe
     drop = min(drop, int(torch.count_nonzero(may_drop)))
     dropped = keep_top(torch.where(may_drop, -magnitude, -math.inf), drop)     # largest -|w| = smallest |w|
-    keep &= ~dropped
+    keep = was & ~dropped
     grow = min(grow, int(torch.count_nonzero(~keep)))
     if grow:
         score = None
@@ -1014,19 +1001,16 @@ def drop_and_grow_(weights, masks, gradients, drop, grow, how="gradient", genera
         short = score is not None and int(torch.count_nonzero((score > 0) & ~keep)) < grow
         if score is None or short:
             chance = torch.rand(len(keep), generator=generator).to(keep.device)        # in [0, 1)
-            score = torch.where(score > 0, math.inf, torch.where(dropped, 1 + magnitude, chance)) if short else chance
+        if score is None:
+            score = chance
+        elif short:      # whatever has a gradient, then what was just dropped by size (> 1), then chance (< 1)
+            score = torch.where(score > 0, math.inf, torch.where(dropped, 1 + magnitude, chance))
         keep |= keep_top(torch.where(keep, -math.inf, score), grow)
     new = split_like(keep & ~was, masks)
     for name, part in split_like(keep, masks).items():
         masks[name].copy_(part)                     # in place: whoever holds the mask sees the change
         weights[name].data.mul_(part)
     return {name: part.bool() for name, part in new.items()}, drop, grow
-
-
-def check_how(how):
-    """ValueError unless `how` names a way to grow."""
-    if how not in ("gradient", "random"):
-        raise ValueError(f"weights grow by gradient or random; got {how!r}")
 
 
 def row_largest(weight, mask, dim=0):
@@ -1135,13 +1119,13 @@ def controller(ratio, count, low, high, change, floor, cap, total):
 
 
 def gan_schedule(steps, update_every=None, strict=False):
-    """(G's update interval, D's interval and window, first step at which D may change), in G steps.
+    """(G's update interval, D's interval and window, first step at which D may change), in steps of G.
 
     The paper's 500 and 1,000 (strict: 2,000) of 100,000 steps, scaled with the run. A floor of 20:
     between two updates new weights need time to grow past the magnitude that would drop them.
     """
-    every = max(20, steps // 200)
-    return every if update_every is None else update_every, (4 if strict else 2) * every, math.ceil(0.05 * steps)
+    every = update_every or max(20, steps // 200)
+    return 0 if update_every == 0 else every, (4 if strict else 2) * every, math.ceil(0.05 * steps)
 
 
 def dynamic_gan(nets, optimizers, masks, state, *, steps, seed, ratio_every=10, window_steps=0, update_every=0,
@@ -1176,12 +1160,13 @@ def dynamic_gan(nets, optimizers, masks, state, *, steps, seed, ratio_every=10, 
             state["window"] = [*state["window"], terms][-max(1, window_steps // ratio_every):]
             ratio = smoothed_ratio(state["window"])
             state["log"] = {**state["log"], "balance_ratio": ratio}
-        moved = []                                   # networks whose dense gradient was read, for the MACs
-        share = drop_share(step, steps)
-        if update_every and step % update_every == 0 and step < steps:
+        due_G = update_every and step % update_every == 0 and step < steps
+        due_D = control and step % control["every"] == 0 and control["first"] <= step < steps
+        moved, share = [], drop_share(step, steps)   # moved: networks whose dense gradient was read, for the MACs
+        if due_G:
             exchange = int(share * kept(of_role(masks, "G")))
             moved += ["G"] * move("G", exchange, exchange, step)
-        if control and step % control["every"] == 0 and control["first"] <= step < steps:
+        if due_D:
             now = kept(of_role(masks, "D"))
             action, then = controller(smoothed_ratio(state["window"]), now, control["low"], control["high"],
                                       control["change"], control["floor"], control["cap"], total)
@@ -1189,11 +1174,10 @@ def dynamic_gan(nets, optimizers, masks, state, *, steps, seed, ratio_every=10, 
             if action != "hold":
                 moved += ["D"] * move("D", exchange + max(0, now - then), exchange + max(0, then - now), step)
             state["actions"] = {**state.get("actions", {}), action: state.get("actions", {}).get(action, 0) + 1}
-        if masks and (update_every and step % update_every == 0 or control and step % control["every"] == 0):
+        if due_G or due_D:
             counts = {name: int(torch.count_nonzero(mask)) for name, mask in masks.items()}
-            state["history"] = [*state["history"], [step, counts, moved]]
+            state["history"].append([step, counts, moved])
             state["log"] = {**state["log"], **role_densities(nets, masks)}
-        return False
 
     state["log"] = {**role_densities(nets, masks), **state.get("log", {})}
     return after_step
@@ -1203,9 +1187,9 @@ def role_densities(nets, masks):
     """{"density_G": ..., "density_D": ...}: share kept of each network's prunable weights; 1 where no mask is."""
     shares = {}
     for role, net in nets.items():
-        weights, part = prunable_parameters(net), of_role(masks, role)
-        total = sum(p.numel() for p in weights.values())
-        shares[f"density_{role}"] = (total - sum(m.numel() for m in part.values()) + kept(part)) / total
+        total, part = sum(w.numel() for w in prunable_parameters(net).values()), of_role(masks, role)
+        pruned = sum(m.numel() for m in part.values()) - kept(part)
+        shares[f"density_{role}"] = (total - pruned) / total
     return shares
 
 
@@ -1285,17 +1269,13 @@ def feature_network(name, weights=None):
         return RandomFeatures().eval()
     if name != "inception":
         raise ValueError(f"features are random or inception; got {name!r}")
-    if weights is not None:
-        try:
-            return InceptionFeatures(torch.load(weights, map_location="cpu", weights_only=True))
-        except Exception as error:
-            raise ValueError(f"cannot use {weights} as Inception weights: {str(error).strip().splitlines()[0][:150]}") from None
     try:
-        return InceptionFeatures(torch.hub.load_state_dict_from_url(FID_WEIGHTS, map_location="cpu", check_hash=True,
+        return InceptionFeatures(torch.load(weights, map_location="cpu", weights_only=True) if weights is not None else
+                                 torch.hub.load_state_dict_from_url(FID_WEIGHTS, map_location="cpu", check_hash=True,
                                                                     weights_only=True))
-    except OSError as error:
-        raise ValueError(f"cannot download the Inception weights ({error}); fetch {FID_WEIGHTS} and pass "
-                         f"--inception-weights FILE, or use --features random") from None
+    except Exception as error:      # url, zip, pickle and state dict each have errors of their own
+        raise ValueError(f"cannot use {weights or FID_WEIGHTS} as Inception weights ({first_line(error)}); fetch "
+                         f"{FID_WEIGHTS} and pass --inception-weights FILE, or use --features random") from None
 
 
 @torch.no_grad()
@@ -1339,7 +1319,7 @@ def kernel_distance(x, y, generator=None, subsets=10, size=1000):
 
 
 @torch.no_grad()
-def generator_for_use(G, averaged=None, seed=0, size=64):
+def generator_for_use(G, averaged=None, seed=0, size=64, z=None):
     """A copy of G in eval mode, for sampling: the averaged weights if there are any, with batch norm
     statistics that belong to them (over 20 seeded batches; the average has no statistics of its own,
     and those of the live G are of other weights). G and `averaged` are left alone."""
@@ -1351,16 +1331,16 @@ def generator_for_use(G, averaged=None, seed=0, size=64):
             norm.momentum = None                            # a plain mean over the batches
         device = next(use.parameters()).device
         for k in range(20):
-            use(latents(size, use.z, seed, 0, "batch norm", k, device))
+            use(latents(size, z or G.z, seed, 0, "batch norm", k, device))
     return use.eval()
 
 
 @torch.no_grad()
-def sample_images(G, count, seed=0, purpose="samples", size=100):
+def sample_images(G, count, seed=0, purpose="samples", size=100, z=None):
     """`count` uint8 images (count, C, S, S) on the CPU; the first n are the same whatever `count` is."""
     device, parts = next(G.parameters()).device, []
     for k in range(math.ceil(count / size)):                # whole batches, then cut
-        parts.append(to_uint8(G(latents(size, G.z, seed, 0, purpose, k, device))).cpu())
+        parts.append(to_uint8(G(latents(size, z or G.z, seed, 0, purpose, k, device))).cpu())
     return torch.cat(parts)[:count]
 
 
@@ -1368,6 +1348,23 @@ def metric_name(features, count):
     """"FID-50k" with the Inception weights, else "FD-random-2k": never a distance without its n."""
     number = f"{count // 1000}k" if count % 1000 == 0 else str(count)
     return f"FID-{number}" if features == "inception" else f"FD-{features}-{number}"
+
+
+def distance_to(held_out, images, network, features, seed=0):
+    """-> (G) -> {"metric_name", "metric", "kid", "floor"}: how far G's images are from `held_out`, n on both sides.
+
+    The floor is as many training images against the same held-out ones: a perfect generator's value.
+    Ask for n >= 640, ten times the 64 features; below that such a number is mostly bias.
+    """
+    real, n = extract(held_out, network), len(held_out)
+    floor = frechet_distance(real, extract(images, network))
+
+    def distance(G):
+        fake = extract(sample_images(G, n, seed, "evaluate"), network)
+        return {"metric_name": metric_name(features, n), "metric": frechet_distance(real, fake),
+                "kid": kernel_distance(real, fake, rng(seed, 0, "kid"))[0], "floor": floor}
+
+    return distance
 
 
 def mac_positions(model, *inputs):
@@ -1406,8 +1403,8 @@ def gan_positions(nets, size, channels):
 def gan_training_macs(history, steps, positions, sizes, batch_size, n_critic, g_batch, ratio_every=0, paper=False):
     """MACs of a whole GAN training with moving masks, an int.
 
-    history    [[step, {weight name: number kept}, [networks that read their dense gradient]], ...], from
-               step 0 on: the masks as they were from that step
+    history    [[step, {weight name: number kept}, [networks whose dense gradient was read]], ...], from
+               step 0 on: the masks from that step on, and whose gradient that very step read to set them
     positions  of mac_positions, sizes {name: weights}; a weight without a mask counts whole
 
     Exact, per iteration, with f = MACs of one forward per image (backward = twice that, or once where
@@ -1420,7 +1417,7 @@ def gan_training_macs(history, steps, positions, sizes, batch_size, n_critic, g_
     def forward(counts):
         macs = {"G": 0, "D": 0}
         for name, places in positions.items():
-            macs[name[0]] += places * counts.get(name, sizes[name])
+            macs[name.split(".")[0]] += places * counts.get(name, sizes[name])
         return macs["G"], macs["D"]
 
     total, (dense_G, dense_D) = 0, forward({})
@@ -1431,36 +1428,42 @@ def gan_training_macs(history, steps, positions, sizes, batch_size, n_critic, g_
                                         + (3 * n_critic * batch_size + g_batch) * n_critic * f_D)
             continue
         total += (until - since) * (n_critic * batch_size * (f_G + 6 * f_D) + g_batch * (3 * f_G + 2 * f_D))
-        total += ("G" in moved) * g_batch * (dense_G - f_G) + ("D" in moved) * 2 * batch_size * (dense_D - f_D)
+        total += ("G" in moved) * g_batch * (dense_G - f_G) + ("D" in moved) * 2 * batch_size * (dense_D - f_D)     # 2: real and fake
         if ratio_every:
             total += (until // ratio_every - since // ratio_every) * (g_batch * (f_G + f_D) + batch_size * f_D)
     return total
 
 
 # ==================================================================================================
-# 8. COMMAND LINE: settings, checks, one short function per method, the run folder, the table. Only
-#    this section prints (and the progress line of `train`), and only here are there settings.
+# 8. COMMAND LINE: settings, checks, the methods, the run folder, the table. Only this section prints
+#    (and the progress line of `train`), and only here are there settings.
 
-DEFAULTS = dict(method="ddst", dataset="shapes", seed=0, width=1.0, density=0.2, grow="gradient", band=[0.45, 0.55],
-                max_density_D=1.0, ratio_every=10, eval_images=2000)
-SHAPES_PRESET = dict(width=0.125, n_critic=1, batch_size=16, lr=1e-3, steps=2000, density=0.3)    # minutes on two cores
+DEFAULTS = dict(method="ddst", dataset="shapes", model="sngan", seed=0, width=1.0, density=0.2, grow="gradient",
+                band=[0.45, 0.55], max_density_D=1.0, ratio_every=10, data="data", checkpoint_s=120.0)
+EVALUATION = dict(eval_images=None, features="random", inception_weights=None)          # may change when a run continues
+SHAPES_PRESET = dict(width=0.125, batch_size=16, steps=2000, density=0.3)               # minutes on two cores
+SHAPES_SNGAN = dict(n_critic=1, lr=1e-3)                    # at 2e-4 two thousand steps give blobs; other models keep theirs
 CPU_SIZE = dict(width=0.25, n_critic=1, batch_size=32)      # what a CPU can train on photographs in 20 minutes
 CHANGE, FLOOR = 0.05, 0.05          # DDST: one change of D's density, and where it ends (shares of D's weights)
-HEALTHY = (0.4, 0.65)               # where the balance ratio of good runs settles (Wang et al. 2023, our reading)
+HEALTHY = (0.4, 0.65)               # balance ratio of good runs (our reading of Wang et al. 2023); wider than the band,
+                                    # so that a controlled run may swing past its band without a word
 
 READ_BY = {                         # flags that only some methods read; a flag that is not read is refused
     "density": ("static", "sdst", "ddst"), "density_D": ("static", "sdst", "ddst"),
     "update_every": ("sdst", "ddst"), "grow": ("sdst", "ddst"), "max_density_D": ("ddst",), "band": ("ddst",),
+    "update_every_D": ("ddst",), "first_D": ("ddst",),        # no flags, but settings of ddst alone
 }
-FOR_EVALUATE = {"evaluate", "features", "inception_weights", "eval_images", "device", "data"}
-NOT_IDENTITY = {"device", "out", "data", "checkpoint_s", "features", "inception_weights", "environment"}
+FOR_EVALUATE = {"evaluate", "device", "data", *EVALUATION}
+NOT_IDENTITY = {"device", "out", "data", "checkpoint_s", "environment", "given", *EVALUATION}
 
 
 def parse(argv):
     """The flags that were given, as a dict; argparse's defaults are None, `resolve` has ours."""
     parser = argparse.ArgumentParser(prog="lottery.py", allow_abbrev=False,
                                      description="Sparse training of GANs: dense, static, SDST, DDST.",
-                                     epilog="The same command again continues a run that was cut off.")
+                                     epilog="On shapes, the default data set, a preset replaces steps, width, density and batch "
+                                            "size (sngan: n-critic and lr too): a few minutes on two cores. The same "
+                                            "command again continues a run that was cut off.")
     add = parser.add_argument
     add("--method", help="dense, static, sdst or ddst (default ddst)")
     add("--dataset", help="shapes (built in), mnist, fashion_mnist, cifar10, stl10, celeba, or a folder of images")
@@ -1472,26 +1475,23 @@ def parse(argv):
     add("--seed", type=int, help="of everything that is drawn (default 0)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda when there is one)")
     add("--out", help="run folder (default runs/METHOD-MODEL-DATASET-SEED)")
-    more = parser.add_argument_group("data and training")
-    add = more.add_argument
+    add = parser.add_argument_group("data and training").add_argument
     add("--data", help="folder that holds the data sets (default data)")
     add("--image-size", type=int, help="32, 48 or 64 pixels (default by data set; celeba and folders 64)")
     add("--z", type=int, help="size of the latent vector (default by model)")
     add("--n-critic", type=int, help="steps of D per step of G (default by model)")
     add("--lr", type=float, help="learning rate of both networks (default by model)")
     add("--checkpoint-s", type=float, help="seconds between checkpoints (default 120)")
-    more = parser.add_argument_group("sparse training")
-    add = more.add_argument
+    add = parser.add_argument_group("sparse training").add_argument
     add("--density-D", type=float, help="share of D's weights kept; at the start, for ddst (default 1; ddst: as --density)")
     add("--max-density-D", type=float, help="ddst: most of D's weights that may be kept; 0.5 is the strict variant (default 1)")
-    add("--update-every", type=int, help="steps between updates of G's mask; 0 holds it still (default steps/200, at least 20)")
+    add("--update-every", type=int, help="steps between updates of G's mask, 0: none; D's interval is twice it (default steps/200, at least 20)")
     add("--grow", help="grow weights by gradient or random (default gradient)")
     add("--band", type=float, nargs=2, metavar=("LOW", "HIGH"), help="ddst: balance ratios that D is kept in (default .45 .55)")
     add("--ratio-every", type=int, help="steps between measurements of the balance ratio (default 10)")
-    more = parser.add_argument_group("measuring")
-    add = more.add_argument
+    add = parser.add_argument_group("measuring").add_argument
     add("--eval-every", type=int, help="steps between evaluations (default steps/10)")
-    add("--eval-images", type=int, help="most images on either side of a distance (default 2,000)")
+    add("--eval-images", type=int, help="most images on either side of a distance (default 2,000; inception 50,000 if there are)")
     add("--features", help="random (default) or inception")
     add("--inception-weights", metavar="FILE", help="the FID network's weights (default: torch.hub's cache or download)")
     add("--evaluate", metavar="DIR", help="measure a finished run again")
@@ -1511,54 +1511,64 @@ def choose(name, value, choices):
 
 
 def resolve(given):
-    """All settings of a run from the flags given: flag, else preset, else model's, else common default."""
-    method, dataset = given.get("method", DEFAULTS["method"]), given.get("dataset", DEFAULTS["dataset"])
+    """All settings of a run from the flags given: flag, else preset, else model's, else data set's, else DEFAULTS."""
+    method, dataset, model = (given.get(name, DEFAULTS[name]) for name in ("method", "dataset", "model"))
     choose("method", method, METHODS)
-    model = given.get("model", "sngan")
     choose("model", model, MODELS)
-    for flag, readers in READ_BY.items():
-        if flag in given and method not in readers:
-            raise ValueError(f"--{flag.replace('_', '-')} is not read by {method}; it is read by {', '.join(readers)}")
-    s = {**DEFAULTS, **MODELS[model], **(SHAPES_PRESET if dataset == "shapes" else {}), **given}
-    kind = DATASETS.get(dataset, DATASETS["folder"])
-    s.update(method=method, dataset=dataset, model=model, channels=kind["channels"], flip=kind["flip"])
-    s.setdefault("image_size", kind["size"])
-    for name, least in dict(steps=1, batch_size=2, n_critic=1, z=1, ratio_every=1, seed=0, update_every=0,
-                            eval_every=1, eval_images=1, checkpoint_s=0).items():
-        if name in s and not s[name] >= least:
-            raise ValueError(f"--{name.replace('_', '-')} is at least {least}; got {s[name]}")
+    for name, readers in READ_BY.items():
+        if name in given and method not in readers:
+            raise ValueError(f"{flag(name)} is not read by {method}; it is read by {', '.join(readers)}")
+    for name, unread in dict(inception_weights=given.get("features") != "inception", data=dataset == "shapes",
+                             grow=method == "sdst" and given.get("update_every") == 0).items():
+        if name in given and unread:
+            raise ValueError(f"{flag(name)} is not read here; it goes with " + dict(
+                inception_weights="--features inception", data="every --dataset but shapes", grow="--update-every above 0")[name])
+    s = {**DEFAULTS, **EVALUATION, **DATASETS.get(dataset, DATASETS["folder"]), **MODELS[model],
+         **(SHAPES_PRESET if dataset == "shapes" else {}),
+         **(SHAPES_SNGAN if dataset == "shapes" and model == "sngan" else {}), **given, "given": given}
+    check_least(s)
+    # `strict` (D may never be dense) only changes D's interval; the paper has both variants.
+    s["update_every"], s["update_every_D"], s["first_D"] = gan_schedule(s["steps"], s.get("update_every"), s["max_density_D"] < 1)
+    s["window"] = s["update_every_D"]
+    s.setdefault("eval_every", max(1, s["steps"] // 10))
+    if method != "ddst":
+        s.setdefault("density_D", 1.0)
+    elif "density_D" not in s:                                # the shapes preset starts D above G: half of it
+        preset = dataset == "shapes" and "density" not in given
+        s["density_D"] = min(0.5, s["max_density_D"]) if preset else s["density"]
+    if method == "ddst" and s["ratio_every"] > s["window"]:
+        raise ValueError(f"--ratio-every {s['ratio_every']} leaves D's interval of {s['window']} steps without a measurement; "
+                         f"pass at most {s['window']}")
     if not 0 < s["lr"] < math.inf:
         raise ValueError(f"--lr is a positive number; got {s['lr']}")
-    if not 0 < s["width"] <= 16:
-        raise ValueError(f"--width multiplies the channel counts, 0 < width <= 16; got {s['width']}")
-    if s["image_size"] not in (32, 48, 64):
-        raise ValueError(f"--image-size is 32, 48 or 64, what the models are built for; got {s['image_size']}")
     if not -math.inf < s["band"][0] <= s["band"][1] < math.inf:
         raise ValueError(f"--band takes two numbers, LOW <= HIGH; got {s['band'][0]} {s['band'][1]}")
     choose("grow", s["grow"], ("gradient", "random"))
-    choose("features", s.get("features", "random"), ("random", "inception"))
-    s.setdefault("density_D", s["density"] if method == "ddst" else 1.0)
-    if dataset == "shapes" and method == "ddst" and "density_D" not in given:
-        s["density_D"] = min(0.5, s["max_density_D"])         # the preset starts D above G: half of it
-    for flag in ("density", "density_D", "max_density_D"):
-        check_density(s[flag], f"--{flag.replace('_', '-')}")
+    choose("features", s["features"], ("random", "inception"))
+    for name in ("density", "density_D", "max_density_D"):
+        check_density(s[name], flag(name))
     if method == "ddst" and s["density_D"] > s["max_density_D"]:
         raise ValueError(f"D starts with {s['density_D']} of its weights, above --max-density-D {s['max_density_D']}; "
                          f"pass a smaller --density-D or a larger --max-density-D")
-    for flag, readers in READ_BY.items():                     # what a method does not read is no setting of its run
+    for name, readers in READ_BY.items():                     # what a method does not read is no setting of its run
         if method not in readers:
-            s[flag] = None
-    every, every_D, first = gan_schedule(s["steps"], s.get("update_every"), s["max_density_D"] not in (None, 1.0))
-    if method in ("sdst", "ddst"):
-        s["update_every"] = every
-    s.update(update_every_D=every_D if method == "ddst" else None, first_D=first if method == "ddst" else None,
-             window=every_D)
-    s.setdefault("eval_every", max(1, s["steps"] // 10))
-    s.setdefault("data", "data"), s.setdefault("checkpoint_s", 120.0), s.setdefault("features", "random")
-    s.setdefault("inception_weights", None)
+            s[name] = None
     s["device"] = str(pick_device(given.get("device")))
     s.setdefault("out", f"runs/{method}-{model}-{Path(dataset).name}-{s['seed']}")
     return s
+
+
+def check_least(s):
+    """ValueError for a whole number or time below its least value. Not `<`: nan is refused too."""
+    for name, least in dict(steps=1, batch_size=2, n_critic=1, z=1, ratio_every=1, seed=0, update_every=0,
+                            eval_every=1, eval_images=1, checkpoint_s=0).items():
+        if s.get(name) is not None and not s[name] >= least:
+            raise ValueError(f"{flag(name)} is at least {least}; got {s[name]}")
+
+
+def flag(name):
+    """"batch_size" as it is typed: "--batch-size"."""
+    return f"--{name.replace('_', '-')}"
 
 
 def pick_device(name=None):
@@ -1575,49 +1585,37 @@ def pick_device(name=None):
 
 
 class Job(NamedTuple):
-    """What the methods share: settings, device, images (N, C, S, S) uint8, feature network, run folder.
-    `claim` makes the folder this run's; called when nothing is left that could be refused."""
+    """What a method works on. Images are uint8 (N, C, S, S); masks are flat, "G.stem.weight", {} when dense."""
     settings: dict
-    device: torch.device
     images: torch.Tensor
     held_out: torch.Tensor
-    network: nn.Module
-    folder: Path
-    claim: object
+    network: nn.Module      # features of images, for the distance
+    nets: nn.ModuleDict
+    masks: dict
 
 
 def check_folder(folder, settings):
-    """Refuse a run folder that cannot be ours, before anything is written. ValueError, one line.
+    """ValueError, one line, unless `folder` is new, empty or this very run's; writes nothing.
 
-    Another run's settings, a damaged checkpoint, a folder with other things in it, a path below a file.
+    Refused: a path below a file, a folder with other things in it, another run's settings.
     """
-    place = folder
-    while not place.exists():
-        place = place.parent
+    place = next(p for p in (folder, *folder.parents) if p.exists())
     if not place.is_dir():
         raise ValueError(f"--out {folder}: {place} is a file; name a folder")
-    if not folder.exists():
-        return
-    config = folder / "config.json"
-    if not config.exists():
-        if strangers := [p.name for p in folder.iterdir() if not p.name.startswith(".")]:
+    if not (folder / "config.json").exists():
+        if folder.exists() and (strangers := [p.name for p in folder.iterdir() if not p.name.startswith(".")]):
             raise ValueError(f"--out {folder} holds {strangers[0]} but no config.json, so it is no run folder; name another")
         return
-    theirs = read_json(config)
-    # `data_images` is known only once the data are loaded; `load_job` compares it.
-    compare_settings(folder, theirs, {k: v for k, v in settings.items() if k != "data_images"}, ignore={"data_images"})
-    for path in [folder / "last.pt", *folder.glob("done-*.pt"), folder / "model.pt"]:
-        if path.exists():
-            load_torch(path)
-
-
-def compare_settings(folder, theirs, ours, ignore=frozenset()):
-    """ValueError that names every setting in which the run in `folder` differs from `ours`."""
-    ours = json.loads(json.dumps(ours))
-    names = (set(theirs) | set(ours)) - NOT_IDENTITY - set(ignore)
-    differ = [f"{n} {theirs.get(n)} there, {ours.get(n)} here" for n in sorted(names) if theirs.get(n) != ours.get(n)]
+    theirs = read_json(folder / "config.json")
+    # The number of images is known only once they are loaded: the first of the two calls in `run` leaves it out.
+    ours = json.loads(json.dumps({"data_images": theirs.get("data_images"), **settings}))
+    differ = [f"{n} {theirs.get(n)} there, {ours.get(n)} here" for n in sorted(theirs.keys() | ours.keys())
+              if n not in NOT_IDENTITY and theirs.get(n) != ours.get(n)]
     if differ:
         raise ValueError(f"--out {folder} holds another run: {'; '.join(differ)}. Name another --out")
+    for path in (folder / "last.pt", *folder.glob("done-*.pt")):          # a damaged one is better said before the data load
+        if path.exists():
+            load_torch(path)
 
 
 def read_json(path):
@@ -1654,23 +1652,22 @@ def locked(folder):
         os.close(handle)
 
 
-def load_job(settings, claim=None):
-    """Images, device and feature network of a run. ValueError when something is missing; writes no run folder."""
-    s = settings
-    size, least = s["image_size"], s["batch_size"]
-    images, _ = load_images(s["dataset"], s["data"], size, True, least)
-    held_out, _ = load_images(s["dataset"], s["data"], size, False)
-    if len(images) < least:
-        raise ValueError(f"a batch of {least} is larger than the {len(images)} training images; pass a smaller --batch-size")
-    s["data_images"], device = len(images), torch.device(s["device"])
+def load_job(s, nets, masks):
+    """Images and feature network beside `nets` and `masks`. ValueError when something is missing; writes no run folder."""
+    device = torch.device(s["device"])
     network = feature_network(s["features"], s["inception_weights"]).to(device)
-    fits = device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] / 2
-    return Job(s, device, images.to(device) if fits else images, held_out, network, Path(s["out"]), claim)
+    images, held_out = (load_images(s["dataset"], s["data"], s["image_size"], train, s["batch_size"])[0] for train in (True, False))
+    decode_listed.cache_clear()               # the whole set a second time: free it
+    if len(images) < s["batch_size"]:
+        raise ValueError(f"a batch of {s['batch_size']} is larger than the {len(images)} training images; "
+                         f"pass a smaller --batch-size")
+    if device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] / 2:
+        images = images.to(device)
+    return Job({**s, "data_images": len(images)}, images, held_out, network, nets, masks)
 
 
-def start_networks(job):
-    s = job.settings
-    return build(s["model"], s["image_size"], s["channels"], s["width"], s["z"], s["seed"]).to(job.device)
+def fresh_networks(s):
+    return build(s["model"], s["image_size"], s["channels"], s["width"], s["z"], s["seed"]).to(s["device"])
 
 
 def start_masks(nets, densities, seed):
@@ -1679,107 +1676,90 @@ def start_masks(nets, densities, seed):
             for name, mask in random_masks(prunable_parameters(nets[role]), share, rng(seed, 0, f"masks {role}")).items()}
 
 
-# Methods: which masks there are at the start, and what moves them. Everything else is `train_gan`.
-
-def run_dense(job):
-    return train_gan(job, start_networks(job), {})
-
-
-def run_static(job):
-    s, nets = job.settings, start_networks(job)
-    return train_gan(job, nets, start_masks(nets, static_densities(s), s["seed"]))
+def start_densities(s):
+    """{role: share kept} of the networks that have masks. A dense one has none at all: nothing to multiply,
+    nothing to store. Under ddst D has them even while all are 1, because they will move."""
+    shares = {"G": s["density"], "D": s["density_D"]}
+    if s["method"] == "dense":
+        return {}
+    return shares if s["method"] == "ddst" or s["density_D"] < 1 else {"G": s["density"]}
 
 
-def run_sdst(job):
-    s, nets = job.settings, start_networks(job)
-    return train_gan(job, nets, start_masks(nets, static_densities(s), s["seed"]),
-                     update_every=s["update_every"], how=s["grow"])
+def ddst_control(s, masks):
+    """The `control` of dynamic_gan: D's settings, shares turned into whole weights. None for other methods."""
+    if s["method"] != "ddst":
+        return None
+    part = of_role(masks, "D")
+    total = sum(m.numel() for m in part.values())
+    return dict(every=s["update_every_D"], first=s["first_D"], low=s["band"][0], high=s["band"][1],
+                change=round(CHANGE * total), floor=min(round(FLOOR * total), kept(part)),
+                cap=round(s["max_density_D"] * total))
 
 
-def run_ddst(job):
-    s, nets = job.settings, start_networks(job)
-    masks = start_masks(nets, {"G": s["density"], "D": s["density_D"]}, s["seed"])
-    total, count = sum(m.numel() for m in of_role(masks, "D").values()), kept(of_role(masks, "D"))
-    control = dict(every=s["update_every_D"], first=s["first_D"], low=s["band"][0], high=s["band"][1],
-                   change=round(CHANGE * total), floor=min(round(FLOOR * total), count),
-                   cap=round(s["max_density_D"] * total))
-    return train_gan(job, nets, masks, update_every=s["update_every"], how=s["grow"], control=control)
-
-
-METHODS = {"dense": run_dense, "static": run_static, "sdst": run_sdst, "ddst": run_ddst}
-
-
-def static_densities(s):
-    """A dense D has no masks at all: nothing to multiply, nothing to store."""
-    return {"G": s["density"], **({"D": s["density_D"]} if s["density_D"] < 1 else {})}
-
-
-def train_gan(job, nets, masks, **dynamics):
-    """Train a GAN under `masks`, measure it, and leave model.pt, samples.png and summary.json."""
-    job.claim()
-    s, name = job.settings, job.settings["method"]
-    state, optimizers, ema = {}, gan_optimizers(nets, s), nn.ModuleDict()
+def train_gan(job):
+    """dense, static, sdst, ddst: one training under masks that stay or move; leaves model.pt, samples.png and
+    summary.json. The methods differ in `start_densities`, in `update_every` (None: G's mask stays) and in `control`."""
+    s, _, _, _, nets, masks = job
+    folder, state, optimizers, ema = Path(s["out"]), {}, gan_optimizers(nets, s), nn.ModuleDict()
     if s["ema"]:
         ema["G"] = copy.deepcopy(nets["G"]).requires_grad_(False)
-    moves = dynamic_gan(nets, optimizers, masks, state, steps=s["steps"], seed=s["seed"],
-                        ratio_every=s["ratio_every"], window_steps=s["window"], **dynamics)
+    moves = dynamic_gan(nets, optimizers, masks, state, steps=s["steps"], seed=s["seed"], ratio_every=s["ratio_every"],
+                        window_steps=s["window"], update_every=s["update_every"], how=s["grow"], control=ddst_control(s, masks))
     print_header(s, nets, masks, len(job.images))
-    estimate(job, nets, masks)
+    estimate(job)
+    distance = job_distance(job) or (lambda G: {})
 
     def usable():
-        return generator_for_use(nets["G"], ema["G"] if ema else None, s["seed"], s["batch_size"])
+        G = generator_for_use(nets["G"], ema["G"] if ema else None, s["seed"], s["batch_size"])
+        save_samples(folder / "samples.png", G, s["seed"])
+        return G
 
     def after_step(step, out):
-        end = moves(step, out)
-        explain_ratio(state, step, s["steps"])
-        return end
+        moves(step, out)
+        if step > s["steps"] // 20 and len(state["window"]) == max(1, s["window"] // s["ratio_every"]):
+            explain_ratio(state, step)
 
-    distance = make_distance(job)
-
-    def evaluate(step):
-        G = usable()
-        save_samples(job.folder / "samples.png", G, s["seed"])
-        return distance(G)
-
-    done = train(nets, gan_step_fn(s, job.images, nets, optimizers, masks, job.device), s["steps"], optimizers=optimizers,
-                 masks=masks, after_step=after_step, state=state, ema=ema, ema_longest=s["ema"], evaluate=evaluate,
-                 eval_every=s["eval_every"], folder=job.folder, name=name, checkpoint_s=s["checkpoint_s"],
+    done = train(nets, gan_step_fn(s, job.images, nets, optimizers, masks), s["steps"], optimizers=optimizers, masks=masks,
+                 after_step=after_step, state=state, ema=ema, ema_longest=s["ema"], evaluate=lambda step: distance(usable()),
+                 eval_every=s["eval_every"], folder=folder, name=s["method"], checkpoint_s=s["checkpoint_s"],
                  images_per_step=s["batch_size"] * s["n_critic"])
     summary = summarise(s, nets, masks, state, done)
-    G, weights = usable(), nets.state_dict()
-    weights.update({f"G.{key}": value for key, value in G.state_dict().items()})
-    save_torch(job.folder / "model.pt", {"format": 1, "settings": {k: v for k, v in s.items() if k != "environment"},
-                                         "weights": weights, "masks": to_bool(masks),
-                                         "metrics": {k: summary[k] for k in ("metric", "value", "floor", "kid")}})
-    save_samples(job.folder / "samples.png", G, s["seed"])
-    write_json(job.folder / "summary.json", summary)
+    weights = {**nets.state_dict(), **{f"G.{name}": value for name, value in usable().state_dict().items()}}
+    save_torch(folder / "model.pt", {"format": 1, "weights": weights,
+                                     "settings": {k: v for k, v in s.items() if k not in NOT_IDENTITY},
+                                     "masks": to_bool(masks), "metrics": {k: summary[k] for k in ("metric", "value", "floor", "kid")}})
+    write_json(folder / "summary.json", summary)
     return summary
+
+
+METHODS = dict.fromkeys(("dense", "static", "sdst", "ddst"), train_gan)
 
 
 def gan_optimizers(nets, s):
     return {role: make_optimizer(s["optimizer"], nets[role], s["lr"], s["betas"]) for role in ("G", "D")}
 
 
-def gan_step_fn(s, images, nets, optimizers, masks, device):
+def gan_step_fn(s, images, nets, optimizers, masks):
     """The step_fn of `train`: gan_step with batches and latents that are functions of (seed, step)."""
     B, n_critic, split = s["batch_size"], s["n_critic"], {role: of_role(masks, role) for role in ("G", "D")}
 
     def step_fn(step):
         def draw_real(k):
-            return batch(images, (step * n_critic + k) * B, B, s["seed"], s["flip"], device)
+            return batch(images, (step * n_critic + k) * B, B, s["seed"], s["flip"], s["device"])
 
         def draw_latents(role, k):      # G's batch is a multiple of D's, its latents its own
-            return latents(B * (s["g_batches"] if role == "G" else 1), s["z"], s["seed"], step, f"latents {role}", k, device)
+            count = B * (s["g_batches"] if role == "G" else 1)
+            return latents(count, s["z"], s["seed"], step, f"latents {role}", k, s["device"])
 
         return gan_step(nets["G"], nets["D"], optimizers, draw_real, draw_latents, s["objective"], n_critic, s["clip"], split)
 
     return step_fn
 
 
-def seconds_per_step(s, images, device, masks=None):
+def seconds_per_step(s, images, masks):
     """Time of one step under settings `s`, on networks of its own: two steps, the second one counts."""
-    nets = build(s["model"], s["image_size"], s["channels"], s["width"], s["z"], s["seed"]).to(device)
-    step_fn = gan_step_fn(s, images, nets, gan_optimizers(nets, s), masks or {}, device)
+    nets = fresh_networks(s)
+    step_fn = gan_step_fn(s, images, nets, gan_optimizers(nets, s), masks)
     for step in range(2):
         began = time.perf_counter()
         float(step_fn(step)["losses"]["G"])                   # float waits for the device
@@ -1789,28 +1769,30 @@ def seconds_per_step(s, images, device, masks=None):
     return took
 
 
-def estimate(job, nets, masks):
+def estimate(job):
     """Say how long the run takes on this device; when that is over six hours, which command fits."""
     s = job.settings
-    total = s["steps"] * seconds_per_step(s, job.images, job.device, masks)
-    print(f"{s['steps']:,} steps take about {duration(total)} on this {job.device.type}, evaluations aside", flush=True)
+    total = s["steps"] * seconds_per_step(s, job.images, job.masks)
+    print(f"{s['steps']:,} steps take about {duration(total)} on this {s['device']}, evaluations aside", flush=True)
     if total < 6 * 3600:
         return
-    small = {**s, "width": min(s["width"], CPU_SIZE["width"]), "n_critic": 1,
-             "batch_size": min(s["batch_size"], CPU_SIZE["batch_size"])}
-    step_s = seconds_per_step(small, job.images, job.device)
-    steps = min(s["steps"], max(100, round(1200 / step_s, -2)))
-    print(f"about {duration(steps * step_s)} here: python lottery.py --method {s['method']} --dataset {s['dataset']} "
-          f"--model {s['model']} --width {small['width']:g} --n-critic 1 --batch-size {small['batch_size']} "
-          f"--steps {steps:.0f} --out {s['out']}-small", flush=True)
+    small = {**s, **{name: min(s[name], most) for name, most in CPU_SIZE.items()}}
+    step_s = seconds_per_step(small, job.images, {})
+    steps = min(s["steps"], max(100, round(1200 / step_s, -2)))           # what fits into 20 minutes
+    flags = {**s["given"], "method": s["method"], "dataset": s["dataset"], "steps": int(steps), "out": f"{s['out']}-small",
+             **{name: small[name] for name in CPU_SIZE}}
+    words = [word for name, value in flags.items() for word in
+             (flag(name), *(map(str, value) if isinstance(value, list) else [str(value)]))]
+    print(f"about {duration(steps * step_s)} here: python lottery.py {shlex.join(words)}", flush=True)
 
 
 def print_header(s, nets, masks, count):
     """The resolved settings that matter, in a few lines."""
     print(f"{s['method']} of {s['model']} on {s['dataset']}: {count:,} images of {s['image_size']} px, seed {s['seed']}, {s['device']}")
+    shares = role_densities(nets, masks)
     for role, net in nets.items():
-        weights, shares = sum(p.numel() for p in prunable_parameters(net).values()), role_densities(nets, masks)
-        print(f"  {role}: {sum(p.numel() for p in net.parameters()):,} parameters, {weights:,} of them prunable, "
+        print(f"  {role}: {sum(p.numel() for p in net.parameters()):,} parameters, "
+              f"{sum(p.numel() for p in prunable_parameters(net).values()):,} of them prunable, "
               f"{100 * shares[f'density_{role}']:.1f}% kept")
     print(f"  {s['steps']:,} steps x {s['n_critic']} batches of {s['batch_size']}, lr {s['lr']:g}, {s['objective']}"
           + (f", G's mask moves every {s['update_every']} steps by {s['grow']}" if s["update_every"] else "")
@@ -1818,11 +1800,11 @@ def print_header(s, nets, masks, count):
              f"at most {100 * s['max_density_D']:g}%" if s["method"] == "ddst" else ""))
 
 
-def explain_ratio(state, step, steps):
-    """One line, once a side, when the smoothed balance ratio leaves the healthy range after the start."""
+def explain_ratio(state, step):
+    """One line, once a side, when the smoothed balance ratio leaves the healthy range."""
     ratio = state["log"].get("balance_ratio", math.nan)
     side = "high" if ratio > HEALTHY[1] else "low" if ratio < HEALTHY[0] else None
-    if side and step > steps // 20 and side not in state.get("told", []):
+    if side and side not in state.get("told", []):
         state["told"] = [*state.get("told", []), side]
         means = ("G overtakes D, which is too weak to teach it: a denser D helps" if side == "high" else
                  "G wins back little of D's lead, D is the stronger: a sparser D is cheaper and may be better")
@@ -1830,26 +1812,13 @@ def explain_ratio(state, step, steps):
               f"{HEALTHY[0]} to {HEALTHY[1]}: {means}", flush=True)
 
 
-def make_distance(job):
-    """-> (G) -> {"metric_name", "metric", "kid", "floor"}: distance of G's images to the held-out ones.
-
-    n images on both sides; the floor is as many training images against the same held-out ones.
-    With fewer than 640 (ten times the 64 features) the numbers would be mostly bias: none is given.
-    """
-    s = job.settings
-    n = min(50_000 if s["features"] == "inception" and len(job.held_out) >= 50_000 else s["eval_images"], len(job.held_out))
+def job_distance(job):
+    """The `distance_to` of a run, or None, and said, when there are too few held-out images."""
+    s, there = job.settings, len(job.held_out)
+    n = min(there, s["eval_images"] or (50_000 if s["features"] == "inception" and there >= 50_000 else 2000))
     if n < 640:
-        print(f"no distance: {n} held-out images are too few, 640 are needed; training goes on")
-        return lambda G: {}
-    real, other = (extract(images[:n], job.network) for images in (job.held_out, job.images))
-    floor = frechet_distance(real, other)
-
-    def distance(G):
-        fake = extract(sample_images(G, n, s["seed"], "evaluate"), job.network)
-        return {"metric_name": metric_name(s["features"], n), "metric": frechet_distance(real, fake),
-                "kid": kernel_distance(real, fake, rng(s["seed"], 0, "kid"))[0], "floor": floor}
-
-    return distance
+        return print(f"no distance: {n} held-out images are too few, 640 are needed")
+    return distance_to(job.held_out[:n], job.images[:n], job.network, s["features"], s["seed"])
 
 
 def save_samples(path, G, seed):
@@ -1860,61 +1829,53 @@ def save_samples(path, G, seed):
 
 
 def summarise(s, nets, masks, state, done):
-    """The row of --table as a dict; null where something does not apply."""
-    weights = prunable_parameters(nets)
-    counts = {name: int(torch.count_nonzero(masks[name])) if name in masks else w.numel() for name, w in weights.items()}
-    positions, sizes = gan_positions(nets, s["image_size"], s["channels"]), {n: w.numel() for n, w in weights.items()}
-    run = (done.step, positions, sizes, s["batch_size"], s["n_critic"], s["batch_size"] * s["g_batches"])
-    dense = [[0, {}, []]]
-    log, first, last = state.get("log", {}), done.rows[0], done.rows[-1]
-    return {"method": s["method"], "model": s["model"], "dataset": s["dataset"], "seed": s["seed"], "steps": done.step,
+    """The row of --table as a dict; None where something does not apply."""
+    sizes = {name: w.numel() for name, w in prunable_parameters(nets).items()}
+    counts = {**sizes, **{name: int(torch.count_nonzero(mask)) for name, mask in masks.items()}}
+    positions = gan_positions(nets, s["image_size"], s["channels"])
+    macs, dense_macs = (sum(positions[n] * c[n] for n in sizes) for c in (counts, sizes))
+    parameters, history, no_masks = sum(p.numel() for p in nets.parameters()), state["history"], [[0, {}, []]]
+    training = functools.partial(gan_training_macs, steps=done.step, positions=positions, sizes=sizes,
+                                 batch_size=s["batch_size"], n_critic=s["n_critic"], g_batch=s["batch_size"] * s["g_batches"])
+    first, last, ratio = done.rows[0], done.rows[-1], state["log"].get("balance_ratio", math.nan)
+    return {**{name: s[name] for name in ("method", "model", "dataset", "seed", "width", "batch_size")}, "steps": done.step,
             "density": sum(counts.values()) / sum(sizes.values()), **role_densities(nets, masks),
-            "metric": last.get("metric_name"), "value": last.get("metric"), "untrained": first.get("metric"),
-            "floor": last.get("floor"), "kid": last.get("kid"), "balance_ratio": finite(log.get("balance_ratio")),
-            "parameters": sum(p.numel() for p in nets.parameters()),
-            "kept": sum(p.numel() for p in nets.parameters()) - sum(sizes.values()) + sum(counts.values()),
-            "macs": sum(positions[n] * counts[n] for n in weights),
-            "macs_relative": sum(positions[n] * counts[n] for n in weights) / sum(positions[n] * sizes[n] for n in weights),
-            "training_macs_relative": gan_training_macs(state["history"], *run, ratio_every=s["ratio_every"])
-            / gan_training_macs(dense, *run),
-            "training_macs_relative_paper": gan_training_macs(state["history"], *run, paper=True)
-            / gan_training_macs(dense, *run, paper=True),
+            "metric": last.get("metric_name"), "value": last.get("metric"),
+            "untrained": first.get("metric") if first.get("metric_name") == last.get("metric_name") else None,
+            "floor": last.get("floor"), "kid": last.get("kid"),
+            "balance_ratio": ratio if math.isfinite(ratio) else None,                 # JSON has no inf
+            "parameters": parameters, "kept": parameters - sum(sizes.values()) + sum(counts.values()),
+            "macs": macs, "macs_relative": macs / dense_macs,
+            "training_macs_relative": training(history, ratio_every=s["ratio_every"]) / training(no_masks),
+            "training_macs_relative_paper": training(history, paper=True) / training(no_masks, paper=True),
             "seconds": round(done.seconds, 1), "actions_D": state.get("actions", {}),
-            "layers": {n: counts[n] / sizes[n] for n in weights}, "width": s["width"], "batch_size": s["batch_size"]}
-
-
-def finite(value):
-    """`value`, or None when there is none or it is not finite (JSON has no inf)."""
-    return value if value is not None and math.isfinite(value) else None
+            "layers": {name: counts[name] / sizes[name] for name in sizes}}
 
 
 def table(summaries):
     """Runs side by side as text; runs that differ only in the seed are one row, mean ± sd."""
-    columns = [("method", "method", "{}"), ("model", "model", "{}"), ("dataset", "dataset", "{}"), ("steps", "steps", "{:,.0f}"),
-               ("G kept", "density_G", "{:.1%}"), ("D kept", "density_D", "{:.1%}"), ("", "value", "{:.4f}"),
-               ("untrained", "untrained", "{:.4f}"), ("real v. real", "floor", "{:.4f}"), ("KID", "kid", "{:.4f}"),
-               ("BR", "balance_ratio", "{:.2f}"), ("weights", "kept", "{:,.0f}"), ("MACs", "macs_relative", "{:.1%}"),
-               ("train MACs", "training_macs_relative", "{:.1%}"), ("seconds", "seconds", "{:,.0f}")]
+    columns = {"method": "{}", "model": "{}", "dataset": "{}", "steps": "{:,.0f}", "density_G": "{:.1%}", "density_D": "{:.1%}",
+               "metric": "{}", "value": "{:.4f}", "untrained": "{:.4f}", "floor": "{:.4f}", "kid": "{:.4f}",
+               "balance_ratio": "{:.2f}", "kept": "{:,.0f}", "macs_relative": "{:.1%}", "training_macs_relative": "{:.1%}",
+               "seconds": "{:,.0f}"}
+    titles = {"density_G": "G kept", "density_D": "D kept", "floor": "real v. real", "kid": "KID", "balance_ratio": "BR",
+              "kept": "weights", "macs_relative": "MACs", "training_macs_relative": "train MACs"}
     groups = {}
-    for summary in summaries:
-        key = tuple(str(summary.get(k)) for k in ("method", "model", "dataset", "steps", "metric", "width", "batch_size", "settings"))
-        groups.setdefault(key, []).append(summary)
-    names = sorted({str(s.get("metric")) for s in summaries if s.get("metric")})
-    rows = [[names[0] if title == "" and len(names) == 1 else title or "distance" for title, _, _ in columns] + ["seeds"]]
+    for run in summaries:
+        same = ("method", "model", "dataset", "steps", "metric", "width", "batch_size", "settings")
+        groups.setdefault(tuple(str(run.get(key)) for key in same), []).append(run)
+    rows = [[*(titles.get(key, key) for key in columns), "seeds"]]
     for runs in groups.values():
-        cells = []
-        for title, key, form in columns:
+        rows.append([])
+        for key, form in columns.items():
             values = [run[key] for run in runs if run.get(key) is not None]
-            if not values or isinstance(values[0], str):
-                cells.append(values[0] if values else "-")
-            else:
-                cells.append(form.format(np.mean(values)))
-                if len(values) > 1 and np.std(values) > 0:
-                    cells[-1] += " ± " + form.format(np.std(values, ddof=1))
-            if title == "" and len(names) > 1 and runs[0].get("metric"):
-                cells[-1] += f" {runs[0]['metric']}"
-        rows.append([*cells, str(len(runs))])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+            number = values and not isinstance(values[0], str)
+            cell = form.format(np.mean(values)) if number else values[0] if values else "-"
+            if number and np.std(values) > 0:
+                cell += " ± " + form.format(np.std(values, ddof=1))
+            rows[-1].append(cell)
+        rows[-1].append(str(len(runs)))
+    widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
@@ -1926,28 +1887,29 @@ def load_model(path, device="cpu"):
         s = saved["settings"]
         nets = build(s["model"], s["image_size"], s["channels"], s["width"], s["z"], 0).to(device)
         nets.load_state_dict(saved["weights"])
+        assert {"dataset", "seed", "batch_size"} <= set(s), "settings that a run has are missing"
         apply_masks_(nets, {name: mask.float() for name, mask in saved["masks"].items()})
-    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no model.pt of this program: {str(error).strip().splitlines()[0][:100]}") from None
+    except (KeyError, RuntimeError, TypeError, AttributeError, AssertionError) as error:
+        raise ValueError(f"{path} is no model.pt of this program: {first_line(error)}") from None
     return nets.eval(), saved
 
 
 def run_evaluate(given):
     """--evaluate DIR: the distance of a finished run's generator, with these features and images."""
     if unread := set(given) - FOR_EVALUATE:
-        flags = ", ".join(f"--{f.replace('_', '-')}" for f in sorted(FOR_EVALUATE - {"evaluate"}))
-        raise ValueError(f"--{unread.pop().replace('_', '-')} is not read with --evaluate; {flags} are")
+        raise ValueError(f"{flag(unread.pop())} is not read with --evaluate; "
+                         f"{', '.join(map(flag, sorted(FOR_EVALUATE - {'evaluate'})))} are")
     folder = Path(given["evaluate"])
     if not (folder / "model.pt").exists():
         raise ValueError(f"no finished run in {folder}: it has no model.pt; name a run folder whose training has ended")
-    device = pick_device(given.get("device"))
+    device = str(pick_device(given.get("device")))
     nets, saved = load_model(folder / "model.pt", device)
-    keep = {k: v for k, v in given.items() if k in FOR_EVALUATE}
-    job = load_job({**saved["settings"], "features": "random", "inception_weights": None, **keep, "device": str(device)})
-    result = make_distance(job)(nets["G"])
-    if result:
-        print(f"{folder}: {result['metric_name']} {result['metric']:.4f}, real against real {result['floor']:.4f}, "
-              f"KID {result['kid']:.5f}")
+    s = {"data": "data", **EVALUATION, **saved["settings"], **given, "device": device}
+    check_least(given)
+    result = (job_distance(load_job(s, nets, {})) or (lambda G: None))(nets["G"])
+    if result is None:
+        raise ValueError(f"{folder}: a distance needs 640 images; pass a larger --eval-images or --data")
+    print(f"{folder}: {result['metric_name']} {result['metric']:.4f}, real against real {result['floor']:.4f}, KID {result['kid']:.5f}")
 
 
 def run_table(folders):
@@ -1962,40 +1924,32 @@ def run_table(folders):
     print(table(summaries))
 
 
-def environment():
-    """What a figure depends on besides the settings; recorded, and its thread count compared on continuing."""
-    return {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
-            "threads": torch.get_num_threads(), "machine": platform.machine(), "processors": os.cpu_count()}
-
-
 def run(given):
-    """Start, continue or show the run that the flags describe."""
-    settings = resolve(given)
-    folder = Path(settings["out"])
-    check_folder(folder, settings)
-    with contextlib.ExitStack() as stack:
-        if folder.exists():
-            stack.enter_context(locked(folder))
-        if (folder / "summary.json").exists():
-            print(f"{folder} is finished")
-            return print(table([read_json(folder / "summary.json")]))
-
-        def claim():
-            config = folder / "config.json"
-            if not config.exists():
-                if not folder.exists():
-                    folder.mkdir(parents=True)
-                    stack.enter_context(locked(folder))
-                return write_json(config, {**settings, "environment": environment()})
-            theirs = read_json(config)
-            compare_settings(folder, theirs, settings)
-            if (threads := theirs.get("environment", {}).get("threads")) != torch.get_num_threads():
-                print(f"continuing with {torch.get_num_threads()} threads instead of {threads}: the last bits of sums will differ")
-
-        job = load_job(settings, claim)
-        summary = METHODS[settings["method"]](job)
-        print(f"model, samples and metrics are in {folder}")
-        print(table([summary]))
+    """Start, continue or show the run that the flags describe. What can be refused is read before anything is written."""
+    s = resolve(given)
+    folder = Path(s["out"])
+    check_folder(folder, s)
+    if folder.exists():
+        with locked(folder):                                  # in use: said before minutes of loading
+            pass
+    if (folder / "summary.json").exists():
+        print(f"{folder} is finished")
+        return print(table([read_json(folder / "summary.json")]))
+    nets = fresh_networks(s)
+    job = load_job(s, nets, start_masks(nets, start_densities(s), s["seed"]))
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        check_folder(folder, job.settings)                    # again: another process may have been here meanwhile
+        threads, config = torch.get_num_threads(), folder / "config.json"
+        if not config.exists():                               # `environment`: what figures depend on besides the settings
+            write_json(config, {**job.settings, "environment": {
+                "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
+                "threads": threads, "machine": platform.machine(), "processors": os.cpu_count()}})
+        elif (theirs := read_json(config).get("environment", {}).get("threads")) != threads:
+            print(f"continuing with {threads} threads instead of {theirs}: the last bits of sums will differ")
+        summary = METHODS[s["method"]](job)
+    print(f"model, samples and metrics are in {folder}")
+    print(table([summary]))
 
 
 def main(argv=None):

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-import shutil
+import shlex
 import signal
 import subprocess
 import sys
@@ -47,7 +47,7 @@ def trained(s, steps=None, masks=None, folder=None, evaluate=None, eval_every=0,
     state, ema, optimizers = {}, nn.ModuleDict({"G": copy.deepcopy(nets["G"])}), L.gan_optimizers(nets, s)
     after = L.dynamic_gan(nets, optimizers, masks, state, steps=steps or s["steps"], seed=s["seed"],
                           **{"window_steps": 40, **dynamics})
-    step_fn = L.gan_step_fn(s, L.shapes(300)[0], nets, optimizers, masks, torch.device("cpu"))
+    step_fn = L.gan_step_fn(s, L.shapes(300)[0], nets, optimizers, masks)
     done = L.train(nets, step_fn, steps or s["steps"], optimizers=optimizers, masks=masks, after_step=after, state=state,
                    ema=ema, evaluate=evaluate and (lambda step: evaluate(nets, ema)), eval_every=eval_every, folder=folder,
                    checkpoint_s=checkpoint_s, show=lambda line: None)
@@ -140,7 +140,7 @@ def test_a_truncated_jpeg_among_good_images_is_named_skipped_and_counted(tmp_pat
     said = capsys.readouterr()
     assert images.shape == (13, 3, 32, 32) and "cut.jpg" in said.err and "1 of 14 images" in said.out
     train, held_out = (L.load_images(str(folder), size=32, train=part)[0] for part in (True, False))
-    assert (len(train), len(held_out)) == (12, 1)
+    assert (len(train), len(held_out)) == (12, 1) and not capsys.readouterr().err        # said once, not for each part
     assert sorted(images.flatten(1).sum(1).tolist()) == sorted(torch.cat([train, held_out]).flatten(1).sum(1).tolist())
 
 
@@ -165,8 +165,10 @@ def test_a_thousand_images_are_cached_once_and_a_changed_or_damaged_cache_is_not
     images = L.decode_folder(folder, 8)
     cache, = tmp_path.glob("own-8-*.npy")
     np.save(cache, np.full_like(images.numpy(), 7))                          # as long as the folder is unchanged ...
+    L.decode_listed.cache_clear()
     assert (L.decode_folder(folder, 8) == 7).all()                           # ... the cache is what is read
     cache.write_bytes(cache.read_bytes()[:5000])
+    L.decode_listed.cache_clear()
     assert torch.equal(L.decode_folder(folder, 8), images)
     (folder / "00000.png").unlink()
     assert len(L.decode_folder(folder, 8)) == 999
@@ -273,10 +275,12 @@ def test_keep_top_keeps_exactly_k_strictly_larger_first_then_by_position(scores)
         assert L.keep_top(scores, k).nonzero().flatten().tolist() == sorted(order[:k])
 
 
-def test_keep_top_agrees_with_kthvalue_where_numpy_is_not_used():
+def test_the_partition_on_a_cpu_finds_what_kthvalue_finds():
     scores = torch.randn(999, generator=L.rng(0, 0, "s")).round(decimals=1)  # many ties
     for k in (1, 7, 500, 998):
-        assert L.kth_largest(scores, k).item() == scores.kthvalue(999 - k + 1).values.item()
+        kth = scores.kthvalue(999 - k + 1).values             # the rule for other devices
+        keep = L.keep_top(scores, k)
+        assert bool(keep[scores > kth].all()) and not keep[scores < kth].any() and int(keep.sum()) == k
 
 
 def test_scores_with_nan_are_refused():
@@ -298,7 +302,8 @@ def test_prune_masks_agrees_with_torchs_global_pruning():
 def test_masks_lie_in_memory_as_their_weights_do():
     weights = L.prunable_parameters(tiny(width=0.1))          # another format costs three times the time
     for masks in (L.random_masks(weights, 0.5, L.rng(0, 0, "m")), L.prune_masks({n: w.abs() for n, w in weights.items()}, 0.5)):
-        assert all(masks[n].stride() == w.stride() for n, w in weights.items())
+        for n, w in weights.items():                          # a side of length 1 has no stride to speak of
+            assert [a for a, side in zip(masks[n].stride(), w.shape) if side > 1] == [a for a, side in zip(w.stride(), w.shape) if side > 1]
 
 
 def test_masks_are_nested_and_exact_over_twenty_rounds_even_when_survivors_score_zero():
@@ -388,7 +393,7 @@ def test_pruned_weights_are_exactly_zero_after_every_step_of_every_model(model):
     nets = L.build(model, 32, 3, s["width"], s["z"])
     masks, optimizers = both_masks(nets), L.gan_optimizers(nets, s)
     L.apply_masks_(nets, masks)
-    step_fn = L.gan_step_fn(s, L.shapes(50)[0], nets, optimizers, masks, torch.device("cpu"))
+    step_fn = L.gan_step_fn(s, L.shapes(50)[0], nets, optimizers, masks)
     for step in range(5):
         out = step_fn(step)
         for name, mask in masks.items():
@@ -406,7 +411,7 @@ def test_without_the_masking_line_pruned_weights_come_back(monkeypatch):
     nets = tiny()
     masks = both_masks(nets)
     L.apply_masks_(nets, masks)
-    step_fn = L.gan_step_fn(s, L.shapes(50)[0], nets, L.gan_optimizers(nets, s), masks, torch.device("cpu"))
+    step_fn = L.gan_step_fn(s, L.shapes(50)[0], nets, L.gan_optimizers(nets, s), masks)
     monkeypatch.setattr(L, "apply_masks_", lambda model, masks: None)
     step_fn(0)
     assert any(bool((nets.get_parameter(n)[m == 0] != 0).any()) for n, m in masks.items())
@@ -416,7 +421,7 @@ def test_gradients_of_the_discriminator_are_of_its_own_loss_and_frozen_flags_com
     s, nets = settings(method="dense"), tiny()
     nets["D"].head.parametrizations.weight.original.requires_grad_(False)     # frozen by the user
     optimizers, seen = L.gan_optimizers(nets, s), []
-    step_fn = L.gan_step_fn(s, L.shapes(50)[0], nets, optimizers, {}, torch.device("cpu"))
+    step_fn = L.gan_step_fn(s, L.shapes(50)[0], nets, optimizers, {})
     optimizers["D"].register_step_post_hook(lambda *args: seen.append([None if p.grad is None else p.grad.clone() for p in nets["D"].parameters()]))
     step_fn(0)
     for parameter, grad in zip(nets["D"].parameters(), seen[0]):
@@ -575,6 +580,45 @@ def test_durations_and_the_progress_line_read_well():
     line = L.progress_line(1200, 50_000, {"D": torch.tensor(1.31), "G": 0.94},
                            {"balance_ratio": 0.42, "density_G": 0.1, "density_D": 0.235}, 0.1, 184)
     assert line == "step  1,200/50,000  D 1.310  G 0.940  BR 0.42  kept G 10.0% D 23.5%  1,840 img/s  81 min left"
+
+
+def test_the_first_step_sees_the_sparse_network_and_average():
+    net, ema = nn.ModuleDict({"net": nn.Linear(3, 1)}), nn.ModuleDict({"net": nn.Linear(3, 1)})
+    seen = []
+    L.train(net, lambda step: seen.append(net["net"].weight.tolist()[0][:2]) or {"losses": {"net": torch.tensor(0.0)}}, 1,
+            optimizers={}, masks={"net.weight": torch.tensor([[0.0, 0.0, 1.0]])}, ema=ema,
+            evaluate=lambda step: seen.append(ema["net"].weight.tolist()[0][:2]) or {}, show=print)
+    assert [[abs(x) for x in row] for row in seen] == [[0, 0]] * 3
+
+
+def test_rows_are_means_over_several_steps_also_when_the_run_is_cut_off_between_two_rows(tmp_path):
+    def run(folder, stop=None):
+        net = nn.ModuleDict({"net": nn.Linear(1, 1)})
+
+        def step_fn(step):
+            if step == stop:
+                raise KeyboardInterrupt
+            return {"losses": {"net": torch.tensor(float(step ** 2))}}
+
+        return L.train(net, step_fn, 1000, optimizers={}, folder=folder, checkpoint_s=0, show=print)
+
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a", stop=33)                          # rows stand at 30 and 35; the checkpoint is of 33
+    cut, whole = run(tmp_path / "a"), run(tmp_path / "b")
+    assert [(r["step"], r["loss_net"]) for r in cut.rows] == [(r["step"], r["loss_net"]) for r in whole.rows]
+    assert cut.rows[6]["step"] == 35 and cut.rows[6]["loss_net"] == sum(k * k for k in range(30, 35)) / 5
+
+
+def test_weights_that_became_nan_before_a_mask_update_end_the_run_as_a_diverged_one():
+    net = nn.ModuleDict({"net": nn.Linear(2, 1)})
+
+    def after_step(step, out):
+        net["net"].weight.data.fill_(math.nan)
+        L.prune_masks({"w": net["net"].weight}, 0.5)
+
+    with pytest.raises(FloatingPointError, match="a weight of net is not finite at step 1; last good checkpoint: none"):
+        L.train(net, lambda step: {"losses": {"net": torch.tensor(1.0)}}, 3, optimizers={}, after_step=after_step, show=print)
 
 
 # ==================================================================================================
@@ -736,7 +780,9 @@ def test_the_whole_controller_against_scripted_ratios(variant, monkeypatch):
     control = dict(every=4, first=8, low=.45, high=.55, change=40, floor=50, cap=500 if variant == "strict" else 10 ** 9)
 
     def scripted(window):
-        return ratios[min(len(ratios) - 1, (len(at) - 8) // 4)] if len(at) >= 8 else math.nan
+        if not 8 <= len(at) < s["steps"]:                     # too early, or the last step: it would grow, and must not
+            return 0.9
+        return ratios[min(len(ratios) - 1, (len(at) - 8) // 4)]
 
     monkeypatch.setattr(L, "smoothed_ratio", scripted)
     monkeypatch.setattr(L, "measure_balance", lambda *args: (1.0, 1.0, 1.0))
@@ -748,7 +794,7 @@ def test_the_whole_controller_against_scripted_ratios(variant, monkeypatch):
     L.apply_masks_(nets, masks)
     after = L.dynamic_gan(nets, optimizers, masks, state, steps=s["steps"], seed=0, window_steps=8,
                           update_every=0 if variant == "static G" else 4, control=control)
-    step_fn = L.gan_step_fn(s, L.shapes(50)[0], nets, optimizers, masks, torch.device("cpu"))
+    step_fn = L.gan_step_fn(s, L.shapes(50)[0], nets, optimizers, masks)
     expected, count, moves_G = start, None, 0
     for step in range(1, s["steps"] + 1):
         out = step_fn(step - 1)
@@ -786,7 +832,7 @@ def test_fifty_updates_of_both_masks_keep_counts_and_zeros_in_the_average_too():
     ema = nn.ModuleDict({"G": copy.deepcopy(nets["G"])})
     after = L.dynamic_gan(nets, optimizers, masks, state, steps=202, seed=0, window_steps=8, update_every=4,
                           control=dict(every=4, first=0, low=-9e9, high=-9e8, change=0, floor=1, cap=D))    # always explores
-    step_fn = L.gan_step_fn(s, L.shapes(50)[0], nets, optimizers, masks, torch.device("cpu"))
+    step_fn = L.gan_step_fn(s, L.shapes(50)[0], nets, optimizers, masks)
 
     def checked(step, out):
         before = {n: m.clone() for n, m in masks.items()}
@@ -804,7 +850,8 @@ def test_fifty_updates_of_both_masks_keep_counts_and_zeros_in_the_average_too():
     assert sum(seen) == 50 and state["actions"]["explore"] + state["actions"].get("hold", 0) == 50
 
 
-@pytest.mark.parametrize("method, dynamics", [("dense", {}), ("static", {}), ("sdst", dict(update_every=6)), ("random", dict(update_every=6, how="random"))])
+@pytest.mark.parametrize("method, dynamics", [("dense", {}), ("static", {}), ("sdst", dict(update_every=6)), ("random", dict(update_every=6, how="random")),
+                                              ("ddst", dict(update_every=6, control=dict(every=8, first=8, low=.45, high=.55, change=40, floor=50, cap=900)))])
 def test_ten_times_as_many_evaluations_and_ratios_change_no_weight(method, dynamics):
     s = settings(method="dense", steps=40, n_critic=2)
     masks = (lambda nets: {}) if method == "dense" else both_masks
@@ -816,20 +863,78 @@ def test_ten_times_as_many_evaluations_and_ratios_change_no_weight(method, dynam
         return {"metric": 0.0}
 
     rare = trained(s, masks=masks, evaluate=evaluate, eval_every=20, ratio_every=20, **dynamics)
-    often = trained(s, masks=masks, evaluate=evaluate, eval_every=2, ratio_every=2, **dynamics)
+    ratio_every = 20 if method == "ddst" else 2               # there the ratio acts: how often belongs to the run
+    often = trained(s, masks=masks, evaluate=evaluate, eval_every=2, ratio_every=ratio_every, **dynamics)
     assert same(rare[0].state_dict(), often[0].state_dict()) and same(rare[1], often[1]) and same(rare[2].state_dict(), often[2].state_dict())
 
 
 @pytest.mark.parametrize("model", ["sngan", "resnet_dcgan"])
 def test_measuring_the_balance_leaves_every_bit_where_it_was(model):
     s, nets = settings(model=model, method="dense"), tiny(model)
-    out = L.gan_step_fn(s, L.shapes(50)[0], nets, L.gan_optimizers(nets, s), {}, torch.device("cpu"))(0)
+    out = L.gan_step_fn(s, L.shapes(50)[0], nets, L.gan_optimizers(nets, s), {})(0)
     nets["G"].eval()
     before, grads = copied(nets), [p.grad.clone() for p in nets.parameters()]
     first = L.measure_balance(nets["G"], nets["D"], out["z"], out["real"], out["fake_logits"])
     again = L.measure_balance(nets["G"], nets["D"], out["z"], out["real"], out["fake_logits"])
     assert first == again and same(before, nets.state_dict()) and not nets["G"].training and nets["D"].training
     assert all(torch.equal(p.grad, g) for p, g in zip(nets.parameters(), grads))
+
+
+@pytest.mark.parametrize("model", ["sngan", "resnet_dcgan"])
+def test_the_second_look_sees_what_the_first_saw_when_the_generator_did_not_move(model):
+    s, nets = settings(model=model, method="dense"), tiny(model)
+    optimizers = L.gan_optimizers(nets, s)
+    optimizers["G"].param_groups[0]["lr"] = 0.0
+    for step in range(3):
+        out = L.gan_step_fn(s, L.shapes(50)[0], nets, optimizers, {})(step)
+    nets["G"].eval()                                          # whatever mode the caller left
+    gain, gap, spread = L.measure_balance(nets["G"], nets["D"], out["z"], out["real"], out["fake_logits"])
+    assert abs(gain) < 1e-5 * spread and abs(gap) > 1e-3 * spread
+
+
+def one_update(model="sngan", **dynamics):
+    """A tiny GAN just before its first mask update: (nets, masks, optimizers, after_step, out of step 4)."""
+    s, nets = settings(model=model, method="dense"), tiny(model)
+    masks, optimizers = both_masks(nets), L.gan_optimizers(nets, s)
+    L.apply_masks_(nets, masks)
+    step_fn = L.gan_step_fn(s, L.shapes(50)[0], nets, optimizers, masks)
+    after = L.dynamic_gan(nets, optimizers, masks, {}, steps=100, seed=0, update_every=4, **dynamics)
+    return nets, masks, optimizers, after, [step_fn(step) for step in range(4)][-1]
+
+
+def test_an_update_seeds_the_optimizer_state_of_what_it_grew():
+    nets, masks, optimizers, after, out = one_update()
+    before = {n: m.clone() for n, m in masks.items()}
+    after(4, out)
+    grown = 0
+    for name in (n for n in masks if n.startswith("G.")):
+        weight, new = nets.get_parameter(name), (masks[name] == 1) & (before[name] == 0)
+        state, grown = optimizers["G"].state[weight], grown + int(new.sum())
+        assert bool((state["exp_avg"][new] == 0).all()) and torch.equal(state["exp_avg_sq"][new], weight.grad[new] ** 2)
+        assert not (state["exp_avg"][~new & (weight.grad != 0)] == 0).any()
+    assert grown > 100
+
+
+def test_an_update_keeps_every_output_channel_of_a_transposed_convolution():
+    nets, masks, _, after, out = one_update("dcgan")
+    weight, mask = nets["G"].convs[0].weight, masks["G.convs.0.weight"]
+    weight.data[:, 1] *= 1e-6                                 # the smallest weights by far, and no gradient to grow back by
+    weight.grad[:, 1] = 0
+    assert mask[:, 1].sum() > 1
+    after(4, out)
+    assert mask[:, 1].sum() == 1
+
+
+def test_the_average_has_only_kept_weights_right_after_a_mask_moved():
+    s, nets = settings(method="dense"), tiny()
+    masks, optimizers, state = both_masks(nets), L.gan_optimizers(nets, s), {}
+    before, ema = {n: m.clone() for n, m in masks.items()}, nn.ModuleDict({"G": copy.deepcopy(nets["G"])})
+    moves = L.dynamic_gan(nets, optimizers, masks, state, steps=100, seed=0, update_every=4)
+    L.train(nets, L.gan_step_fn(s, L.shapes(50)[0], nets, optimizers, masks), 100, optimizers=optimizers, masks=masks, state=state,
+            after_step=lambda step, out: moves(step, out) or step == 4, ema=ema, show=print)
+    assert not same(L.of_role(before, "G"), L.of_role(masks, "G"))
+    for name, mask in L.of_role(masks, "G").items():
+        assert bool((ema["G"].get_parameter(name)[mask == 0] == 0).all()), name
 
 
 # ==================================================================================================
@@ -987,13 +1092,14 @@ def empty(tmp_path, monkeypatch):
     ("--method sdst --max-density-D 0.5", ["--max-density-D", "ddst"]), ("--density-D 0.6 --max-density-D 0.5", ["0.6", "above"]),
     ("--band .6 .5", ["--band", "LOW <= HIGH"]), ("--band nan .5", ["--band"]), ("--steps 0", ["--steps", "at least 1", "0"]),
     ("--steps many", ["--steps", "many"]), ("--batch-size 1", ["--batch-size", "at least 2"]), ("--width 0", ["width", "0"]),
-    ("--width inf", ["width"]), ("--lr nan", ["--lr", "nan"]), ("--lr 0", ["--lr"]), ("--image-size 40", ["--image-size", "40"]),
+    ("--width inf", ["width"]), ("--lr nan", ["--lr", "nan"]), ("--lr 0", ["--lr"]), ("--image-size 40", ["32, 48 or 64", "40"]),
     ("--grow sideways", ["--grow", "gradient, random"]), ("--features resnet", ["--features"]), ("--n-critic 0", ["--n-critic"]),
     ("--dataset celeba", ["data/celeba/img_align_celeba", "img_align_celeba.zip"]),
     ("--batch-size 10001", ["10001", "10000"]), ("--no-such-flag 3", ["no-such-flag"]), ("--device tpu", ["--device"]),
     ("--inception-weights none.pth --features inception", ["none.pth"]), ("--table nowhere", ["nowhere"]), ("--evaluate nowhere", ["nowhere"]),
     ("--evaluate x --steps 3", ["--steps", "--evaluate"]), ("--table x --steps 3", ["--table"]), ("--ratio-every 0", ["--ratio-every"]),
-    ("--seed -1", ["--seed"]), ("--update-every -1", ["--update-every"]), ("--density 1e-9 --width .03", ["larger density"])])
+    ("--seed -1", ["--seed"]), ("--inception-weights x", ["--features inception"]), ("--data x", ["--data", "shapes"]),
+    ("--method sdst --update-every 0 --grow random", ["--grow"]), ("--ratio-every 41 --steps 2000", ["--ratio-every", "at most 40"]), ("--update-every -1", ["--update-every"]), ("--density 1e-9 --width .03", ["larger density"])])
 def test_bad_input_is_one_line_and_exit_code_2_with_nothing_written(empty, capsys, argv, words):
     refused(capsys, argv.split(), *words)
 
@@ -1046,6 +1152,36 @@ def test_a_run_folder_that_is_not_this_runs_is_refused(empty, capsys):
 class Sneaky:
     def __reduce__(self):
         return os.mkdir, ("went-off",)
+
+
+def test_a_folder_that_another_process_takes_while_the_data_load_is_refused(empty, capsys, monkeypatch):
+    real, held = L.load_images, contextlib.ExitStack()
+
+    def slow(*args):
+        if not Path("r").exists():
+            Path("r").mkdir()
+            held.enter_context(L.locked(Path("r")))
+        return real(*args)
+
+    monkeypatch.setattr(L, "load_images", slow)
+    with held:
+        assert L.main([*TINY, "--steps", "2", "--out", "r"]) == 2
+    assert "in use" in capsys.readouterr().err and not list(Path("r").iterdir())
+
+
+def test_refusals_come_before_the_cache_of_a_data_set_is_written(empty, capsys):
+    pictures(empty / "own", 1000, (8, 8))
+    refused(capsys, "--dataset own --features inception --inception-weights none.pth".split(), "none.pth")
+    refused(capsys, "--dataset own --density 1e-9 --width .03".split(), "larger density")
+
+
+def test_what_continues_with_other_features_sets_no_two_distances_side_by_side():
+    s, nets = settings(method="dense"), tiny()
+    rows = [{"metric_name": "FD-random-2k", "metric": 1.0}, {"metric_name": "FID-2k", "metric": 9.0}]
+    state = {"log": {}, "history": [[0, {}, []]]}
+    assert L.summarise(s, nets, {}, state, L.Trained(1, rows, 0.0))["untrained"] is None
+    rows[0]["metric_name"] = "FID-2k"
+    assert L.summarise(s, nets, {}, state, L.Trained(1, rows, 0.0))["untrained"] == 1.0
 
 
 @pytest.mark.parametrize("method", L.METHODS)
@@ -1111,21 +1247,21 @@ def test_the_balance_is_explained_once_a_side(capsys):
     state = {"log": {}}
     for ratio in (math.nan, 0.1, 0.1, 0.5, 0.9, 0.9, math.inf, 0.1):
         state["log"]["balance_ratio"] = ratio
-        L.explain_ratio(state, 100, 1000)
+        L.explain_ratio(state, 100)
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and "0.10" in said[0] and "D is the stronger" in said[0] and "too weak" in said[1]
-    L.explain_ratio({"log": {"balance_ratio": 9.0}}, 50, 1000)                # the start says nothing yet
-    assert not capsys.readouterr().out
 
 
 def test_a_run_that_would_take_days_names_a_command_that_fits(empty, capsys, monkeypatch):
     times = iter([20.0, 0.5])
     monkeypatch.setattr(L, "seconds_per_step", lambda *args: next(times))
-    monkeypatch.setitem(L.METHODS, "ddst", lambda job: L.estimate(job, None, {}) or {"seed": 0})
-    assert L.main("--dataset shapes --steps 100000 --width 1".split()) == 0
+    monkeypatch.setitem(L.METHODS, "ddst", lambda job: L.estimate(job) or {"seed": 0})
+    assert L.main("--steps 100000 --width 1 --band .5 .6 --out it's".split()) == 0
     said = capsys.readouterr().out
     assert "100,000 steps take about 23 days on this cpu" in said
-    assert "about 20 min here: python lottery.py --method ddst --dataset shapes --model sngan --width 0.25 --n-critic 1 --batch-size 16 --steps 2400" in said
+    command = said.split("about 20 min here: python lottery.py ")[1].splitlines()[0]
+    given = L.parse(shlex.split(command))                     # the user's own flags are all there
+    assert given == dict(steps=2400, width=0.25, band=[0.5, 0.6], out="it's-small", method="ddst", dataset="shapes", n_critic=1, batch_size=16)
 
 
 KILLER = """
@@ -1237,8 +1373,8 @@ def bench_masks(model, batch_size):
     masks = both_masks(nets, 0.2, 0.2)
     pruned_by_hooks(theirs, both_masks(theirs, 0.2, 0.2))
     L.apply_masks_(nets, masks)
-    ours = L.gan_step_fn(s, images, nets, L.gan_optimizers(nets, s), masks, torch.device("cpu"))
-    hooks = L.gan_step_fn(s, images, theirs, L.gan_optimizers(theirs, s), {}, torch.device("cpu"))
+    ours = L.gan_step_fn(s, images, nets, L.gan_optimizers(nets, s), masks)
+    hooks = L.gan_step_fn(s, images, theirs, L.gan_optimizers(theirs, s), {})
     pairs = [(timed(lambda: ours(k), 1), timed(lambda: hooks(k), 1)) for k in range(6)][1:]
     step, apply = median([a for a, _ in pairs]), timed(lambda: L.apply_masks_(nets, masks), 20)
     weights = sum(m.numel() for m in masks.values())
@@ -1297,7 +1433,7 @@ def bench_step(pairs=100):
     plain = plain_loop(L.build("sngan", 32, 3, s["width"], s["z"]), images, lr=s["lr"], batch_size=B)
     optimizers, masks, state, ema = L.gan_optimizers(nets, s), {}, {}, nn.ModuleDict({"G": copy.deepcopy(nets["G"])})
     measure = L.dynamic_gan(nets, optimizers, masks, state, steps=10 ** 6, seed=0, ratio_every=1, window_steps=10)
-    step_fn = L.gan_step_fn(s, images, nets, optimizers, masks, torch.device("cpu"))
+    step_fn = L.gan_step_fn(s, images, nets, optimizers, masks)
     ours, theirs, ratio, since = [], [], [], [time.perf_counter()]
 
     def after_step(step, out):                                # our step ends here; its average follows in the next span
