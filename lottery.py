@@ -1438,10 +1438,10 @@ def gan_training_macs(history, steps, positions, sizes, batch_size, n_critic, g_
 # 8. COMMAND LINE: settings, checks, the methods, the run folder, the table. Only this section prints
 #    (and the progress line of `train`), and only here are there settings.
 
-DEFAULTS = dict(method="ddst", dataset="shapes", model="sngan", seed=0, width=1.0, density=0.2, grow="gradient",
+DEFAULTS = dict(method="ddst", dataset="shapes", model="sngan", seed=0, width=1.0, density=0.3, grow="gradient",
                 band=[0.45, 0.55], max_density_D=1.0, ratio_every=10, data="data", checkpoint_s=120.0)
 EVALUATION = dict(eval_images=None, features="random", inception_weights=None)          # may change when a run continues
-SHAPES_PRESET = dict(width=0.125, batch_size=16, steps=2000, density=0.3)               # minutes on two cores
+SHAPES_PRESET = dict(width=0.125, batch_size=16, steps=2000)                            # minutes on two cores
 SHAPES_SNGAN = dict(n_critic=1, lr=1e-3)                    # at 2e-4 two thousand steps give blobs; other models keep theirs
 CPU_SIZE = dict(width=0.25, n_critic=1, batch_size=32)      # what a CPU can train on photographs in 20 minutes
 CHANGE, FLOOR = 0.05, 0.05          # DDST: one change of D's density, and where it ends (shares of D's weights)
@@ -1461,14 +1461,14 @@ def parse(argv):
     """The flags that were given, as a dict; argparse's defaults are None, `resolve` has ours."""
     parser = argparse.ArgumentParser(prog="lottery.py", allow_abbrev=False,
                                      description="Sparse training of GANs: dense, static, SDST, DDST.",
-                                     epilog="On shapes, the default data set, a preset replaces steps, width, density and batch "
+                                     epilog="On shapes, the default data set, a preset replaces steps, width and batch "
                                             "size (sngan: n-critic and lr too): a few minutes on two cores. The same "
                                             "command again continues a run that was cut off.")
     add = parser.add_argument
     add("--method", help="dense, static, sdst or ddst (default ddst)")
     add("--dataset", help="shapes (built in), mnist, fashion_mnist, cifar10, stl10, celeba, or a folder of images")
     add("--model", help=f"{', '.join(MODELS)} (default sngan)")
-    add("--density", type=float, help="share of G's weights kept, 0 < d <= 1 (default 0.2)")
+    add("--density", type=float, help="share of G's weights kept, 0 < d <= 1 (default 0.3)")
     add("--steps", type=int, help="updates of G (default 100,000; dcgan, resnet_dcgan 50,000)")
     add("--batch-size", type=int, help="real images per step of D (default 64)")
     add("--width", type=float, help="multiplies every channel count of the model (default 1)")

@@ -28,6 +28,7 @@ from torch import nn
 import lottery as L
 
 HERE = Path(__file__).resolve().parent
+THREADS = torch.get_num_threads()
 torch.set_num_threads(1)        # the networks here are too small to share; the real commands below use all cores
 TINY = "--width 0.03 --batch-size 4 --eval-images 640".split()          # a step in about 10 ms
 
@@ -1453,6 +1454,7 @@ def bench_step(pairs=100):
 
 
 def bench():
+    torch.set_num_threads(THREADS)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; ratios of one run, medians")
     bench_start()
     bench_batches()
