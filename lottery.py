@@ -567,8 +567,8 @@ def erk_densities(shapes, density):
     density_l = eps * sum(dims_l) / prod(dims_l), capped at 1, with eps such that the mean over all
     weights is `density`. The dims of a convolution are all four, (out, in, kh, kw); the rule is
     symmetric, so a transposed convolution's (in, out, kh, kw) is the same. Evci et al. 2020, RigL,
-    arXiv 1911.11134. Only the layers at the very maximum become dense before eps is solved again:
-    making all layers above 1 dense at once can end at another answer.
+    arXiv 1911.11134. All layers above 1 become dense at once: what they cannot take goes to the others, so
+    eps only rises, and none of them would have come back below 1. (RigL's code takes them one by one.)
     """
     check_density(density)
     size = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -577,10 +577,10 @@ def erk_densities(shapes, density):
     while len(dense) < len(shapes):
         free = [name for name in shapes if name not in dense]
         eps = (density * sum(size.values()) - sum(size[n] for n in dense)) / sum(sum(shapes[n]) for n in free)
-        largest = max(ratio[name] for name in free)
-        if eps * largest <= 1:
+        full = {name for name in free if eps * ratio[name] > 1}
+        if not full:
             break
-        dense |= {name for name in free if ratio[name] == largest}
+        dense |= full
     return {name: 1.0 if name in dense else eps * ratio[name] for name in shapes}
 
 
