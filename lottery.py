@@ -3,8 +3,8 @@
 
 Result   DDST on the built-in pictures, G with 30 % of its weights: FD-random-2k 0.056 (untrained 0.836, dense
          0.038, real against real 0.004) at 51 % of dense training's MACs; seed 0, 167 s on two CPU cores
-Contents 1. DATA  2. MODELS  3. MASKS  4. OBJECTIVES  5. TRAINING  6. DYNAMIC SPARSE TRAINING
-         7. METRICS  8. COMMAND LINE                                       (search for "# 3. MASKS")
+Contents 1. DATA  2. MODELS  3. MASKS  4. OBJECTIVES  5. TRAINING  6. TICKETS
+         7. DYNAMIC SPARSE TRAINING  8. METRICS  9. COMMAND LINE                                       (search for "# 3. MASKS")
 Legend   B batch   c image channels   S side of an image, pixels   w base channels   z latent size
          G generator   D discriminator   m mask, 1 = keep   d density, share of weights kept, 0..1
          images are in [-1, 1] in networks, uint8 in memory; a step is one update of G
@@ -42,14 +42,14 @@ from torch import nn
 # 1. DATA: every image set becomes one uint8 tensor (N, C, H, W) in memory. A batch is a function of
 #    (seed, position), so there is no loader to save, to restart or to wait for.
 
-DATASETS = {                  # native size, channels, may be mirrored (a mirrored 7 is not a 7)
-    "shapes":        dict(image_size=32, channels=3, flip=False),
-    "mnist":         dict(image_size=32, channels=1, flip=False),
-    "fashion_mnist": dict(image_size=32, channels=1, flip=False),
-    "cifar10":       dict(image_size=32, channels=3, flip=True),
-    "stl10":         dict(image_size=48, channels=3, flip=True),
-    "celeba":        dict(image_size=64, channels=3, flip=True),
-    "folder":        dict(image_size=64, channels=3, flip=True),     # any path that is a folder of images
+DATASETS = {                  # native size, channels, may be mirrored (a mirrored 7 is not a 7), classes (0: no labels)
+    "shapes":        dict(image_size=32, channels=3, flip=False, classes=3),
+    "mnist":         dict(image_size=32, channels=1, flip=False, classes=10),
+    "fashion_mnist": dict(image_size=32, channels=1, flip=False, classes=10),
+    "cifar10":       dict(image_size=32, channels=3, flip=True, classes=10),
+    "stl10":         dict(image_size=48, channels=3, flip=True, classes=10),
+    "celeba":        dict(image_size=64, channels=3, flip=True, classes=0),
+    "folder":        dict(image_size=64, channels=3, flip=True, classes=0),     # any path that is a folder of images
 }
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
@@ -192,11 +192,12 @@ def resize(images, size):
     return torch.cat(small)
 
 
-def load_images(name, root="data", size=None, train=True, at_least=1):
+def load_images(name, root="data", size=None, train=True, at_least=1, labelled=False):
     """uint8 images (N, C, size, size) and int64 labels (N,) of the training or the held-out part.
 
-    name   one of DATASETS, or the path of a folder of images (labels are then all 0)
-    root   where the sets lie, in torchvision's folder layout; sets that torchvision can fetch are fetched
+    name      one of DATASETS, or the path of a folder of images (labels are then all 0)
+    root      where the sets lie, in torchvision's folder layout; sets that torchvision can fetch are fetched
+    labelled  of STL-10 take the 5,000 images with labels, not the 100,000 without
     CelebA and plain folders have no test part here: the last 10 % of a seeded permutation are held out.
     ValueError when the data are missing, or fewer than `at_least` (said before anything is decoded).
     """
@@ -204,7 +205,7 @@ def load_images(name, root="data", size=None, train=True, at_least=1):
     if name == "shapes":
         return shapes(10_000, size, seed=0) if train else shapes(2_000, size, seed=1)
     if name in DATASETS and name not in ("celeba", "folder"):
-        return load_torchvision_set(name, Path(root), size, train)
+        return load_torchvision_set(name, Path(root), size, train, labelled)
     folder = Path(root) / "celeba" / "img_align_celeba" if name == "celeba" else Path(name)
     if not folder.is_dir():
         where = (f"unzip CelebA's img_align_celeba.zip there (mmlab.ie.cuhk.edu.hk/projects/CelebA.html) or name "
@@ -222,13 +223,13 @@ def load_images(name, root="data", size=None, train=True, at_least=1):
     return images[chosen], torch.zeros(len(chosen), dtype=torch.int64)
 
 
-def load_torchvision_set(name, root, size, train):
+def load_torchvision_set(name, root, size, train, labelled=False):
     """MNIST, Fashion-MNIST, CIFAR-10 and STL-10 by torchvision's own classes, as load_images returns them."""
     datasets = import_torchvision().datasets
     kind, where = {"mnist": (datasets.MNIST, "MNIST/raw/"), "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST/raw/"),
                    "cifar10": (datasets.CIFAR10, "cifar-10-batches-py/"), "stl10": (datasets.STL10, "stl10_binary/")}[name]
     # STL-10's generators train on its 100,000 unlabelled images (Wang et al. 2023).
-    part = dict(split="unlabeled" if train else "test") if name == "stl10" else dict(train=train)
+    part = dict(split=("train" if labelled else "unlabeled") if train else "test") if name == "stl10" else dict(train=train)
     missing = [folder for folder in (root / where, (root / where).parent, root) if not folder.exists()]
     try:
         try:
@@ -243,7 +244,7 @@ def load_torchvision_set(name, root, size, train):
                          f"put its files into {root / where} or name another --data") from None
     images = torch.as_tensor(data.data)
     if images.dim() == 3:                       # (N, 28, 28): a black frame of 2 makes 32, a power of 2
-        images = F.pad(images.unsqueeze(1), (2, 2, 2, 2))
+        images = F.pad(images.unsqueeze(1), (0, 0, 0, 0) if size == 28 else (2, 2, 2, 2))
     elif images.shape[-1] == 3:                 # CIFAR-10 is (N, H, W, 3)
         images = images.permute(0, 3, 1, 2)
     labels = data.labels if name == "stl10" else data.targets
@@ -256,22 +257,33 @@ def epoch_order(count, epoch, seed):
     return torch.randperm(count, generator=rng(seed, epoch, "order"))
 
 
-def batch(images, position, size, seed, flip=False, device=None):
-    """Images [position, position + size) of one endless stream of shuffled epochs, in [-1, 1].
-
-    images (N, C, H, W) uint8 -> (size, C, H, W) float32 on `device`. Every batch is full: one that
-    begins at the end of an epoch goes on into the next.
-    """
+def batch_index(count, position, size, seed):
+    """(size,) int64: places [position, position + size) of one endless stream of shuffled epochs of 0..count-1.
+    Every batch is full: one that begins at the end of an epoch goes on into the next."""
     parts, place, left = [], position, size
     while left:
-        epoch, start = divmod(place, len(images))
-        parts.append(epoch_order(len(images), epoch, seed)[start:start + left])
+        epoch, start = divmod(place, count)
+        parts.append(epoch_order(count, epoch, seed)[start:start + left])
         place, left = place + len(parts[-1]), left - len(parts[-1])
-    index = torch.cat(parts).to(images.device)
+    return torch.cat(parts)
+
+
+def batch(images, position, size, seed, flip=False, device=None, crop=0):
+    """The images at batch_index, in [-1, 1], mirrored and shifted at random.
+
+    images (N, C, H, W) uint8 -> (size, C, H, W) float32 on `device`. crop: shifted by up to so many
+    pixels each way, black coming in at the edge (He et al. 2016: pad 4, cut 32 x 32 out).
+    """
+    index = batch_index(len(images), position, size, seed).to(images.device)
     real = images[index].to(device or images.device).float().div_(127.5).sub_(1)
     if flip:
         mirrored = torch.rand(size, 1, 1, 1, generator=rng(seed, position, "flip")) < 0.5
         real = torch.where(mirrored.to(real.device), real.flip(-1), real)
+    if crop:
+        dy, dx = torch.randint(2 * crop + 1, (2, size, 1), generator=rng(seed, position, "crop")).to(real.device)
+        (B, C, H, W), to = real.shape, functools.partial(torch.arange, device=real.device)
+        rows, columns = (dy + to(H)).view(B, 1, H, 1), (dx + to(W)).view(B, 1, 1, W)
+        real = F.pad(real, (crop,) * 4, value=-1)[to(B).view(B, 1, 1, 1), to(C).view(1, C, 1, 1), rows, columns]
     return real
 
 
@@ -288,19 +300,32 @@ def latents(count, z, seed, step, purpose, k=0, device="cpu"):
 # ==================================================================================================
 # 2. MODELS: two families of trunks, each an encoder (also: discriminator) and a decoder (also:
 #    generator), at 32, 48 and 64 pixels. The class and the names inside are the same in every role,
-#    so a ticket of one can be tried in the other.
+#    so a ticket of one can be tried in the other. Beside them a small linear autoencoder and the
+#    residual classifiers for CIFAR.
 
-MODELS = {   # objective and defaults. g_batches: G's batch, in batches of D; ema: longest decay of the average of G's
-             # weights, 0 = none; clip: D's weights stay in [-clip, clip], 0 = off; --width multiplies all channels
+# Objective and defaults. --width multiplies all channels. GANs: g_batches, G's batch in batches of D; ema, longest decay
+# of the average of G's weights, 0 = none; clip, D's weights stay in [-clip, clip], 0 = off.
+DCGAN = dict(objective="non-saturating", optimizer="adam", lr=2e-4, betas=(0.5, 0.999), n_critic=1, g_batches=1,
+             ema=0.0, z=64, clip=0.0, steps=50_000, batch_size=64)                                # Radford 2016
+AE = dict(objective="reconstruction", optimizer="adam", lr=1e-3, betas=(0.9, 0.999), z=64, steps=40_000, batch_size=128)
+VAE = {**AE, "objective": "variational", "beta": 1.0}                       # Kingma & Welling 2014; beta-VAE: --beta 4
+RESNET = dict(objective="cross-entropy", optimizer="sgd", lr=0.1, betas=(0.9, 0.0), steps=62_560, batch_size=128)
+MODELS = {
     "sngan":        dict(objective="hinge", optimizer="adam", lr=2e-4, betas=(0.0, 0.9), n_critic=5, g_batches=2,
-                         ema=0.999, z=128, clip=0.0, steps=100_000, batch_size=64),       # Wang et al. 2023
-    "dcgan":        dict(objective="non-saturating", optimizer="adam", lr=2e-4, betas=(0.5, 0.999), n_critic=1,
-                         g_batches=1, ema=0.0, z=64, clip=0.0, steps=50_000, batch_size=64),   # Radford 2016
-    "wgan":         dict(objective="wasserstein", optimizer="rmsprop", lr=5e-5, betas=(0.0, 0.99), n_critic=5,
-                         g_batches=1, ema=0.0, z=64, clip=0.01, steps=100_000, batch_size=64),  # Arjovsky 2017
-    "resnet_dcgan": dict(objective="non-saturating", optimizer="adam", lr=2e-4, betas=(0.5, 0.999), n_critic=1,
-                         g_batches=1, ema=0.0, z=128, clip=0.0, steps=50_000, batch_size=64),
-}   # wgan and resnet_dcgan are reconstructions: Kalibhat et al. 2021 train them but give no layer lists
+                         ema=0.999, z=128, clip=0.0, steps=100_000, batch_size=64),               # Wang et al. 2023
+    "dcgan":        DCGAN,
+    "wgan":         {**DCGAN, "objective": "wasserstein", "optimizer": "rmsprop", "lr": 5e-5, "betas": (0.0, 0.99),
+                     "n_critic": 5, "clip": 0.01, "steps": 100_000},                              # Arjovsky 2017
+    "resnet_dcgan": {**DCGAN, "z": 128},
+    "linear_ae":    {**AE, "z": 3, "steps": 4_690},
+    "ae":           AE,
+    "vae":          VAE,
+    "resnet_vae":   {**VAE, "z": 128},
+    **{f"resnet{depth}": RESNET for depth in (14, 20, 32, 44, 56, 110)},                          # Chen et al. 2021
+}   # Kalibhat et al. 2021 train wgan, resnet_dcgan and resnet_vae but give no complete layer lists: reconstructions
+GANS = tuple(name for name, defaults in MODELS.items() if "n_critic" in defaults)
+VAES = ("vae", "resnet_vae")
+CLASSIFIERS = tuple(name for name, defaults in MODELS.items() if defaults is RESNET)
 
 
 class Encoder(nn.Module):
@@ -421,14 +446,15 @@ class ResEncoder(nn.Module):
     batch norm; `build` puts spectral norm on it. (B, channels, size, size) -> (B, out).
 
     As published: at 32 pixels the pool is a sum and the linear layer has no bias (1,053,824
-    parameters), at 48 a mean and a bias (19,542,721).
+    parameters), at 48 a mean and a bias (19,542,721). With batch norm it is always a mean: a sum of 64
+    positions would start a VAE at a log-variance of 14.
     """
 
     def __init__(self, size, channels, width, out, batch_norm=False):
         super().__init__()
         _, widths, down = res_widths(size, width)
         widths = [channels] + widths
-        self.sum_pool = size == 32
+        self.sum_pool = size == 32 and not batch_norm
         self.blocks = nn.ModuleList(DownBlock(a, b, halve, i == 0, batch_norm)
                                     for i, (a, b, halve) in enumerate(zip(widths, widths[1:], down)))
         self.norm = nn.BatchNorm2d(widths[-1]) if batch_norm else nn.Identity()
@@ -441,28 +467,105 @@ class ResEncoder(nn.Module):
         return self.head(x.sum((2, 3)) if self.sum_pool else x.mean((2, 3)))    # (B, out)
 
 
-def build(model, size=32, channels=3, width=1.0, z=None, seed=0):
-    """nn.ModuleDict {"G", "D"} of a freshly initialised GAN: G (B, z) -> images, D images -> (B, 1) logits.
+class Linears(nn.Module):
+    """Linear layers with ReLU between. Encoder: images -> (B, widths[-1]). With `shape` (c, S, S) a decoder:
+    (B, z) -> images of that shape, in [-1, 1]."""
 
-    Initialised under a seed of its own; the caller's random state stays as it is. sngan: Xavier
-    uniform weights, zero biases; the others keep PyTorch's default. Convolution weights lie in memory
-    channels last, which takes a quarter off a step on a CPU; values and names are the same.
+    def __init__(self, widths, shape=None):
+        super().__init__()
+        self.z, self.shape = widths[0], shape
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+
+    def forward(self, x):
+        x = x.flatten(1)                                     # (B, c S S), or (B, z) as it is
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        x = self.layers[-1](x)
+        return x.tanh().unflatten(1, self.shape) if self.shape else x
+
+
+class BasicBlock(nn.Module):
+    """conv-BN-ReLU-conv-BN beside the identity, or beside a 1x1 conv and BN where the shape changes
+    (option B of He et al. 2016). (B, cin, s, s) -> (B, cout, s / stride, s / stride)."""
+
+    def __init__(self, cin, cout, stride):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(cin, cout, 3, stride, 1, bias=False), nn.BatchNorm2d(cout)
+        self.conv2, self.bn2 = nn.Conv2d(cout, cout, 3, 1, 1, bias=False), nn.BatchNorm2d(cout)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or cin != cout:
+            self.shortcut = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
+
+    def forward(self, x):
+        h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(h + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """Classifier of small images, depth 6n + 2: three stages of n blocks, 16, 32 and 64 channels wide.
+
+    (B, channels, S, S) -> logits (B, classes). Names and initialisation are those of the elastic
+    tickets' code (Chen et al. 2021): kaiming normal, and batch norm's scale uniform in 0..1.
+    """
+
+    def __init__(self, depth, width, channels, classes):
+        super().__init__()
+        w = [max(1, round(width * stage)) for stage in (16, 32, 64)]
+        n = (depth - 2) // 6
+        self.conv, self.bn = nn.Conv2d(channels, w[0], 3, 1, 1, bias=False), nn.BatchNorm2d(w[0])
+        plan = [(w[max(0, stage - (i == 0))], w[stage], 2 if stage and i == 0 else 1) for stage in range(3) for i in range(n)]
+        self.blocks = nn.ModuleList(BasicBlock(*block) for block in plan)
+        self.fc = nn.Linear(w[2], classes)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight)
+
+    def features(self, x):                                   # (B, c, S, S) -> (B, 64 width)
+        x = F.relu(self.bn(self.conv(x)))
+        for block in self.blocks:
+            x = block(x)                                     # (B, 16..64, S..S/4, S..S/4)
+        return x.mean((2, 3))
+
+    def forward(self, x):
+        return self.fc(self.features(x))
+
+
+def build(model, size=32, channels=3, width=1.0, z=None, seed=0, classes=10, draw=0):
+    """nn.ModuleDict of a freshly initialised model: {"G", "D"}, {"encoder", "decoder"} or {"net"}.
+
+    G, decoder: latents (B, z) -> images; D: images -> (B, 1) logits; encoder: images -> (B, z), or for a
+    VAE (B, 2z), mean and log-variance; net: images -> (B, classes) logits. Initialised under a seed of its
+    own, the caller's random state stays as it is; draw 1, 2, ... of the same seed are other weights.
+    sngan: Xavier uniform weights, zero biases; classifiers as in their class; the others keep PyTorch's
+    default. Convolution weights lie in memory channels last, which takes a quarter off a step on a CPU;
+    values and names are the same.
     """
     if model not in MODELS:
         raise ValueError(f"model is one of {', '.join(MODELS)}; got {model!r}")
-    if size not in (32, 48, 64):
-        raise ValueError(f"{model} is built for images of 32, 48 or 64 pixels; got {size}")
+    trunks = model not in CLASSIFIERS and model != "linear_ae"
+    if size not in (32, 48, 64) if trunks else not 8 <= size <= 1024:
+        raise ValueError(f"{model} is built for images of {'32, 48 or 64' if trunks else '8 to 1024'} pixels; got {size}")
     if not 0 < width <= 16:
         raise ValueError(f"width multiplies the channel counts, 0 < width <= 16; got {width}")
-    z = z or MODELS[model]["z"]
+    z, w = z or MODELS[model].get("z"), max(1, round(64 * width))
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(rng(seed, 0, "weights").initial_seed())
-        if model in ("dcgan", "wgan"):
-            w = max(1, round(64 * width))
-            nets = {"G": Decoder(size, channels, w, z), "D": Encoder(size, channels, w, 1, leaky=0.2)}
+        torch.default_generator.manual_seed(rng(seed, 0, "weights", draw).initial_seed())
+        if model in CLASSIFIERS:
+            nets = {"net": CifarResNet(int(model.removeprefix("resnet")), width, channels, classes)}
         else:
-            nets = {"G": ResDecoder(size, channels, width, z),
-                    "D": ResEncoder(size, channels, width, 1, batch_norm=model == "resnet_dcgan")}
+            gan = model in GANS
+            out = 1 if gan else 2 * z if model in VAES else z
+            if model == "linear_ae":
+                widths = [channels * size ** 2, *(max(1, round(width * units)) for units in (128, 64, 12)), z]
+                encoder, decoder = Linears(widths), Linears(widths[::-1], (channels, size, size))
+            elif model in ("dcgan", "wgan", "ae", "vae"):
+                decoder, encoder = Decoder(size, channels, w, z), Encoder(size, channels, w, out, 0.2 if gan else 0.0)
+            else:
+                decoder = ResDecoder(size, channels, width, z)
+                encoder = ResEncoder(size, channels, width, out, batch_norm=model != "sngan")
+            nets = {"G": decoder, "D": encoder} if gan else {"encoder": encoder, "decoder": decoder}
         nets = nn.ModuleDict(nets)
         if model == "sngan":
             for role, net in nets.items():
@@ -481,6 +584,7 @@ def build(model, size=32, channels=3, width=1.0, z=None, seed=0):
 #    float because multiplying by a bool mask is three to ten times slower.
 
 PRUNABLE = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+SCOPES = ("global", "network", "layer")
 
 
 def prunable_modules(model):
@@ -532,20 +636,29 @@ def keep_top(scores, k):
     return keep
 
 
-def prune_masks(scores, density, masks=None):
-    """Masks that keep round(density x N) weights of largest score, all tensors in one pool.
+def prune_masks(scores, density, masks=None, scope="global"):
+    """Masks that keep round(density x N) weights of largest score, at least one.
 
     scores   {name: tensor}, larger = keep; |weight| for magnitude pruning
     density  share of all N weights kept, in (0, 1]
     masks    what is pruned already: ranks below every survivor, so masks are nested even where a
-             survivor scores 0. Han et al. 2015; Frankle & Carbin 2019 for the pool.
+             survivor scores 0. Han et al. 2015; Frankle & Carbin 2019 for the pool
+    scope    "global": all tensors in one pool of N; "network": a pool for each name up to its first dot;
+             "layer": each tensor by itself
     """
     check_density(density)
+    if scope not in SCOPES:
+        raise ValueError(f"scope is one of {', '.join(SCOPES)}; got {scope!r}")
+    if scope != "global":
+        pools = {}
+        for name in scores:
+            pools.setdefault(name if scope == "layer" else name.split(".")[0], {})[name] = scores[name]
+        return {name: mask for pool in pools.values() for name, mask in prune_masks(pool, density, masks).items()}
     flat = torch.cat([s.detach().flatten() for s in scores.values()])
     if masks:
         pruned = torch.cat([masks[name].flatten() for name in scores]) == 0
         flat[pruned] = -math.inf
-    return split_like(keep_top(flat, round(density * flat.numel())), scores)
+    return split_like(keep_top(flat, max(1, round(density * flat.numel()))), scores)
 
 
 def split_like(flat, tensors):
@@ -616,6 +729,13 @@ def random_masks(parameters, density, generator):
     for name, flat in flats.items():
         flat[torch.randperm(sizes[name], generator=generator)[:counts[name]]] = 1
     return split_like(torch.cat(list(flats.values())), parameters)
+
+
+def shuffle_masks(masks, generator):
+    """Each mask permuted within its layer, so that only the number kept there is left of it.
+    generator: a CPU torch.Generator."""
+    return {name: torch.empty_like(mask).copy_(mask.flatten()[torch.randperm(mask.numel(), generator=generator)
+                                               .to(mask.device)].view(mask.shape)) for name, mask in masks.items()}
 
 
 @torch.no_grad()
@@ -699,6 +819,50 @@ def gan_step(G, D, optimizers, draw_real, draw_latents, objective="hinge", n_cri
             "real": real, "z": z, "fake_logits": fake_logits.detach()}
 
 
+def autoencoder_step(nets, optimizers, x, noise=None, beta=1.0, masks=None):
+    """One step of an autoencoder or, given noise, of a variational one.
+
+    nets   {"encoder", "decoder"} and an optimizer each; x (B, c, S, S); noise (B, z), standard normal
+    masks  flat, "decoder.stem.weight", or None
+    AE: squared error, mean over everything. VAE (Kingma & Welling 2014): squared error summed over the
+    pixels + beta KL(q(z|x) || N(0, 1)) summed over z, each the mean over the batch. Sum, not mean: beside
+    a mean over thousands of pixels the KL term wins, and the encoder stops to say anything.
+    """
+    for optimizer in optimizers.values():
+        optimizer.zero_grad()
+    code = nets["encoder"](x)                                 # (B, z), or (B, 2z)
+    if noise is None:
+        loss = F.mse_loss(nets["decoder"](code), x)
+        losses = {"error": loss.detach()}
+    else:
+        mean, log_variance = code.chunk(2, 1)                 # (B, z) each
+        image = nets["decoder"](mean + noise * (log_variance / 2).exp())
+        error = (image - x).square().flatten(1).sum(1).mean()
+        kl = 0.5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).sum(1).mean()
+        loss = error + beta * kl
+        losses = {"error": error.detach(), "KL": kl.detach()}
+    loss.backward()
+    for optimizer in optimizers.values():
+        optimizer.step()
+    apply_masks_(nets, masks)
+    return {"losses": losses}
+
+
+def classifier_step(net, optimizer, x, labels, masks=None):
+    """One step of a classifier by cross-entropy: x (B, c, S, S), labels (B,) int64; masks by names in the net."""
+    optimizer.zero_grad()
+    loss = F.cross_entropy(net(x), labels)
+    loss.backward()
+    optimizer.step()
+    apply_masks_(net, masks)
+    return {"losses": {"net": loss.detach()}}
+
+
+def lr_factor(step, steps):
+    """Factor of a classifier's learning rate: x .1 at 1/2 and again at 3/4 of the steps (Chen et al. 2021)."""
+    return 0.1 ** ((2 * step >= steps) + (4 * step >= 3 * steps))
+
+
 # ==================================================================================================
 # 5. TRAINING: one loop for every model and method. It knows steps, masks, an average of the weights
 #    and checkpoints. What a method adds comes in as `after_step`; what is drawn at random is a
@@ -713,9 +877,12 @@ class Trained(NamedTuple):
 
 
 def make_optimizer(kind, net, lr, betas=(0.9, 0.999)):
-    """Adam or RMSprop over all parameters of `net`; for RMSprop betas[1] is its smoothing constant."""
+    """Adam, RMSprop (betas[1] is its smoothing constant) or SGD (betas[0] is its momentum; weight decay
+    1e-4) over all parameters of `net`."""
     if kind == "adam":       # fused: one call for all tensors, on CPU and CUDA
         return torch.optim.Adam(net.parameters(), lr, betas, fused=True)
+    if kind == "sgd":
+        return torch.optim.SGD(net.parameters(), lr, betas[0], weight_decay=1e-4)
     return torch.optim.RMSprop(net.parameters(), lr, alpha=betas[1])
 
 
@@ -859,7 +1026,7 @@ def train(nets, step_fn, steps, *, optimizers, start=0, masks=None, after_step=N
             return Trained(step, rows, seconds_before)
         show(f"{name}: continuing from step {step:,}")
     began = shown = checked = time.perf_counter()   # shown, checked: the last line printed, the last checkpoint written
-    first_step, roles = step, None
+    first_step, roles, stop = step, None, False
 
     def seconds():
         return seconds_before + time.perf_counter() - began
@@ -870,7 +1037,7 @@ def train(nets, step_fn, steps, *, optimizers, start=0, masks=None, after_step=N
         recent.clear()
         rows.append({"training": name, "step": step, "seconds": round(seconds(), 2),
                      **{f"loss_{role}": mean for role, mean in zip(roles or [], means)}, **numbers, **state.get("log", {})})
-        if folder:
+        if folder and (numbers or step == steps or stop):      # and with checkpoints: every row would cost more than a small step
             write_rows(folder, name, rows)
 
     def save(path, **more):
@@ -906,6 +1073,7 @@ def train(nets, step_fn, steps, *, optimizers, start=0, masks=None, after_step=N
             shown = now
         if folder and not end and now - checked >= checkpoint_s:
             check_finite(out["losses"], step, nets, good)
+            write_rows(folder, name, rows)
             save(folder / "last.pt", optimizers={role: o.state_dict() for role, o in optimizers.items()})
             good, checked = f"{folder / 'last.pt'} (step {step})", time.perf_counter()
         if stop:
@@ -922,7 +1090,7 @@ def progress_line(step, steps, losses, log, step_s, images_per_step):
     parts = [f"step {step:>{len(f'{steps:,}')},}/{steps:,}", *(f"{role} {float(v):.3f}" for role, v in losses.items())]
     if "balance_ratio" in log:
         parts.append(f"BR {log['balance_ratio']:.2f}")
-    shares = [f"{key[-1]} {100 * log[key]:.1f}%" for key in ("density_G", "density_D") if key in log]
+    shares = [f"{key.removeprefix('density_')} {100 * log[key]:.1f}%" for key in log if key.startswith("density_")]
     parts += [f"kept {' '.join(shares)}"] * bool(shares)
     return "  ".join([*parts, f"{images_per_step / step_s:,.0f} img/s", f"{duration((steps - step) * step_s)} left"])
 
@@ -959,7 +1127,215 @@ def untouched(*models):
 
 
 # ==================================================================================================
-# 6. DYNAMIC SPARSE TRAINING: masks that move while the weights train. SDST moves G's mask; DDST also
+# 6. TICKETS: a dense network holds a sparse one which, trained alone from (nearly) the same start, does as
+#    well: a winning ticket. Frankle & Carbin 2019; for generative models Kalibhat et al. 2021. First the
+#    whole idea in one page, on two layers; then the loop for any model, with the controls that it needs.
+
+def two_layer_tickets(rounds=8, rate=0.2, steps=500, seed=0):
+    """The whole idea: train, prune, rewind, retrain; a two-layer autoencoder of 8 x 8 pictures, in seconds.
+
+    Returns a list of (share kept, held-out error of the ticket, and of its mask with other initial weights).
+    """
+    (train_set, _), (held_out, _) = shapes(3000, 8, 0), shapes(1000, 8, 1)
+    x, unseen = (images.flatten(1).float() / 255 for images in (train_set, held_out))       # (N, 192)
+
+    def fresh(draw):
+        net = nn.Sequential(nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 192))
+        for i, p in enumerate(net.parameters()):
+            nn.init.uniform_(p, -0.1, 0.1, generator=rng(seed, i, "weights", draw))
+        return net
+
+    def trained(net, masks):
+        optimizer = torch.optim.Adam(net.parameters(), 1e-3)                # fresh moments in every round
+        for step in range(steps):
+            apply_masks_(net, masks)                                        # before the first forward, too
+            real = x[batch_index(len(x), 64 * step, 64, seed)]
+            optimizer.zero_grad()
+            F.mse_loss(net(real), real).backward()
+            optimizer.step()
+        apply_masks_(net, masks)
+        return F.mse_loss(net(unseen), unseen).item()
+
+    net, masks = fresh(0), {}
+    start = copy.deepcopy(net.state_dict())                                 # a copy: state_dict() alone would train along
+    results = [(1.0, trained(net, masks), math.nan)]                        # train
+    for k in range(1, rounds + 1):
+        masks = prune_masks({name: w.abs() for name, w in prunable_parameters(net).items()}, (1 - rate) ** k, masks)   # prune
+        net.load_state_dict(start)                                          # rewind
+        results.append((density(masks), trained(net, masks), trained(fresh(k), masks)))     # retrain; is it the weights?
+    return results
+
+
+class Round(NamedTuple):
+    """One round of iterative_magnitude_pruning; number 0 is the dense training."""
+    number: int
+    masks: dict        # flat, {} in round 0
+    theta: dict        # the dense state dict at the rewind step
+    results: dict      # what train_fn returned: {"ticket": ...}, and with controls {"random": ..., "shuffled": ...}
+
+
+def iterative_magnitude_pruning(make_nets, train_fn, densities, *, rewind_step=0, scope="global", prune=None,
+                                controls=False, seed=0):
+    """Train, keep the largest weights, rewind, repeat: a generator of Rounds. Frankle & Carbin 2019;
+    late rewinding Frankle et al. 2020; for generative models Kalibhat et al. 2021.
+
+    make_nets    (draw) -> nn.ModuleDict of fresh networks; draw 0 is this run's start, others are other weights
+    train_fn     (name, nets, masks, start, after_step, state) -> anything; trains `nets` in place under `masks`
+                 from step `start` to its end. It calls after_step(steps done, out) after every step, and
+                 where it can be interrupted it saves `state` with its checkpoint. See `train`
+    densities    share kept after each round, falling, as of `round_densities`
+    rewind_step  k: survivors go back to what they were after k steps of the dense training
+    prune        the roles that are pruned (names up to the first dot); None: all. The others stay dense
+    controls     per round, at the same density: "random", that very mask on other initial weights (is it the
+                 weights?), and "shuffled", the mask permuted within layers on the dense theta_k (is it the mask?)
+
+    Rewound are all weights and buffers (batch norm statistics, spectral norm vectors), and train_fn starts at
+    k, so learning rate schedule and data go on from there. Not rewound: the optimizers start fresh, and an
+    average of weights starts at theta_k. The weights that are ranked are the trained ones, not their average.
+    A control's result is shown and never used: a next mask from it would be another method.
+    """
+    nets, state = make_nets(0), {}
+
+    def keep_theta(step, out=None):
+        if step == rewind_step:                # cloned: state_dict() holds references, which would train along
+            state["theta"] = {name: value.clone() for name, value in nets.state_dict().items()}
+
+    keep_theta(0)
+    dense = train_fn("dense", nets, {}, 0, keep_theta, state)                                   # train
+    theta, masks = state["theta"], {}
+    yield Round(0, masks, theta, {"ticket": dense})
+    for k, share in enumerate(densities, 1):
+        weights = {name: w.detach().abs() for name, w in prunable_parameters(nets).items()
+                   if prune is None or name.split(".")[0] in prune}
+        masks = prune_masks(weights, share, masks, scope)                                       # prune
+        rewind_(nets, theta, masks)                                                             # rewind
+        results = {"ticket": train_fn(f"round-{k:02}", nets, masks, rewind_step, None, {})}     # retrain
+        if controls:
+            results |= train_controls(f"round-{k:02}", make_nets, train_fn, theta, masks, rewind_step, k, seed)
+        yield Round(k, masks, theta, results)
+
+
+@torch.no_grad()
+def rewind_(nets, theta, masks):
+    """Copy the state dict `theta` into `nets`, masked at once: the first forward must not see the dense network."""
+    nets.load_state_dict(theta)
+    apply_masks_(nets, masks)
+
+
+def train_controls(name, make_nets, train_fn, theta, masks, start, draw, seed):
+    """{"random": result, "shuffled": result} of the two controls of a ticket, trained as it is. The shuffled one
+    takes the dense theta: a masked one would have zeros where the permuted mask keeps."""
+    fresh = make_nets(draw)
+    apply_masks_(fresh, masks)
+    random = train_fn(f"{name}-random", fresh, masks, start, None, {})
+    permuted, nets = shuffle_masks(masks, rng(seed, draw, "shuffle")), make_nets(0)
+    rewind_(nets, theta, permuted)
+    return {"random": random, "shuffled": train_fn(f"{name}-shuffled", nets, permuted, start, None, {})}
+
+
+def round_densities(rate=0.2, rounds=None, density=None):
+    """[1 - rate, (1 - rate)^2, ...]: `rounds` of them, or down to `density`, the last one cut to it."""
+    if not 0 < rate < 1:
+        raise ValueError(f"the prune rate is the share of survivors pruned per round, in (0, 1); got {rate}")
+    if density is None:
+        return [(1 - rate) ** k for k in range(1, rounds + 1)]
+    check_density(density)
+    whole = math.floor(math.log(density) / math.log(1 - rate) + 1e-9)       # .8 ** 3 is three rounds, not four
+    shares = [(1 - rate) ** k for k in range(1, whole + 1)]
+    return shares if shares and math.isclose(shares[-1], density) else [*shares, density]
+
+
+def verdict(dense, ticket, random=None, higher=False):
+    """"wins", "matches" or "no" for a ticket's metric beside the dense network's and its random control's.
+
+    matches: at most 5 % worse than dense, or half a point of accuracy (`higher`). wins: matches, and better
+    than the random ticket. Kalibhat et al. 2021 have no rule; theirs is by eye over five runs. Without a
+    metric "-".
+    """
+    if dense is None or ticket is None:
+        return "-"
+    matches = ticket >= dense - 0.005 if higher else ticket <= 1.05 * dense
+    wins = matches and random is not None and (ticket > random if higher else ticket < random)
+    return "wins" if wins else "matches" if matches else "no"
+
+
+def choose_round(verdicts):
+    """Place of the sparsest winning round in a list of verdicts, else of the sparsest matching one, else the last."""
+    for word in ("wins", "matches"):
+        if word in verdicts:
+            return len(verdicts) - 1 - verdicts[::-1].index(word)
+    return len(verdicts) - 1
+
+
+def save_ticket(path, theta, masks, settings, number, metrics):
+    """A ticket file: the dense weights at the rewind step, the masks (bool), and where they come from."""
+    save_torch(path, {"format": 1, "settings": settings, "theta": theta, "masks": to_bool(masks), "round": number,
+                      "density": density(masks), "metrics": metrics})
+
+
+def load_ticket(path, device="cpu"):
+    """The dict of a ticket file, masks as float; runs no code. ValueError when it is damaged or contradicts itself."""
+    ticket = load_torch(path, device)
+    try:
+        theta, masks, s = ticket["theta"], ticket["masks"], ticket["settings"]
+        wrong = [name for name, m in masks.items() if m.dtype != torch.bool or m.shape != theta[name].shape]
+        if wrong or not masks or not {"model", "dataset", "rewind_step", "roles"} <= set(s) or "metrics" not in ticket:
+            raise ValueError(f"mask {wrong[0]} does not fit its weight" if wrong else "masks or settings are missing")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is no ticket of this program: {first_line(error)}") from None
+    return {**ticket, "masks": {name: mask.to(theta[name].dtype) for name, mask in masks.items()}}
+
+
+def check_ticket(path, theta, masks, nets, roles):
+    """ValueError unless a ticket's tensors are exactly those of `nets`, and its masks those of `roles`."""
+    own = nets.state_dict()
+    for name in [*own, *theta]:
+        there, here = (tuple(part[name].shape) if name in part else "nothing" for part in (theta, own))
+        if there != here:
+            raise ValueError(f"the ticket {path} is of another network: {name} has {there} there and {here} here; "
+                             f"pass the --model, --width and --image-size that it was made with")
+    wanted = {name for name in prunable_parameters(nets) if name.split(".")[0] in roles}
+    if odd := sorted(wanted ^ set(masks)):
+        raise ValueError(f"the ticket {path} has {'an unknown mask' if odd[0] in masks else 'no mask'} for {odd[0]} "
+                         f"({len(odd)} of {len(wanted)} differ); make it again")
+
+
+KIN = {"G": ("G", "decoder"), "decoder": ("decoder", "G"), "D": ("D", "encoder"), "encoder": ("encoder", "D"),
+       "net": ("net",)}      # roles that are the same trunk, so that a ticket of one may be tried in the other
+
+
+def transfer_ticket(theta, masks, target, roles=None):
+    """A ticket into another model: decoder <-> generator, encoder <-> discriminator. Kalibhat et al. 2021.
+
+    theta, masks  the source's state dict at its rewind step, and its masks, by flat names
+    target        state dict of the freshly initialised target; it is left alone
+    roles         the target's networks that receive; None: all
+
+    Returns (theta, masks, came, fresh): the target's state dict and masks, and two lists of names. Tensors of
+    the same name and shape inside the role come over, weight and mask, norms and buffers too; the rest is
+    fresh and dense. ValueError when a receiving network gets no weight, with the shapes of the first pair.
+    """
+    new, new_masks, came, misfits = {name: value.clone() for name, value in target.items()}, {}, [], {}
+    for name, value in target.items():
+        role, _, rest = name.partition(".")
+        source = next((f"{kin}.{rest}" for kin in KIN[role] if f"{kin}.{rest}" in theta), None)
+        if source is None or (roles is not None and role not in roles):
+            continue
+        if theta[source].shape != value.shape:
+            misfits.setdefault(role, f"{source} {tuple(theta[source].shape)} is not {name} {tuple(value.shape)}")
+            continue
+        new[name] = theta[source].clone()
+        came.append(name)
+        if source in masks:
+            new_masks[name] = masks[source].clone()
+    for role in roles or sorted({name.split(".")[0] for name in target}):
+        if not any(name.startswith(f"{role}.") and value.dim() > 1 for name, value in ((n, new[n]) for n in came)):
+            raise ValueError(f"nothing of the ticket fits {role}: " + misfits.get(role, "no tensor has a name of its own"))
+    return new, new_masks, came, [name for name in target if name not in came]
+
+
+# ==================================================================================================
+# 7. DYNAMIC SPARSE TRAINING: masks that move while the weights train. SDST moves G's mask; DDST also
 #    moves the number of D's weights, so that neither network runs away from the other.
 #    Wang et al. 2023, "Balanced Training for Sparse GANs", arXiv 2302.14670.
 
@@ -1128,7 +1504,7 @@ def gan_schedule(steps, update_every=None, strict=False):
 
 
 def dynamic_gan(nets, optimizers, masks, state, *, steps, seed, ratio_every=10, window_steps=0, update_every=0,
-                how="gradient", control=None):
+                how="gradient", control=None, start=0):
     """The after_step of every GAN method: balance ratio, then G's mask, then D's.
 
     nets, optimizers  {"G", "D"}; masks flat, "G.stem.weight", moved in place; state remembers
@@ -1143,7 +1519,7 @@ def dynamic_gan(nets, optimizers, masks, state, *, steps, seed, ratio_every=10, 
     flat, dims = prunable_parameters(nets), output_dims(nets)
     total = sum(p.numel() for p in of_role(flat, "D").values())
     state.setdefault("window", [])
-    state.setdefault("history", [[0, {n: int(torch.count_nonzero(m)) for n, m in masks.items()}, []]])
+    state.setdefault("history", [[start, {n: int(torch.count_nonzero(m)) for n, m in masks.items()}, []]])
 
     def move(role, drop, grow, step):
         """One drop_and_grow_ in one network, its optimizer's state with it."""
@@ -1193,7 +1569,7 @@ def role_densities(nets, masks):
 
 
 # ==================================================================================================
-# 7. METRICS: distances between sets of images (by the features of a fixed network, in float64), and
+# 8. METRICS: distances between sets of images (by the features of a fixed network, in float64), and
 #    multiply-accumulates (MACs) of networks and of trainings.
 
 FID_WEIGHTS = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -1206,6 +1582,8 @@ class RandomFeatures(nn.Module):
     mean over space forgives where a thing is, not what it is. Such features rank generative models
     about as trained ones do (Lee et al. 2022, arXiv 2208.09218), but are never to be called FID.
     """
+
+    label = "random"
 
     def __init__(self, seed=0):
         super().__init__()
@@ -1231,6 +1609,8 @@ class InceptionFeatures(nn.Module):
     in nothing but the pooling branch of nine blocks: average pooling leaves the padding out of the
     count, and the last block takes the maximum. Images go 0..1, bilinear to 299, -1..1 (as in pytorch-fid).
     """
+
+    label = "inception"
 
     def __init__(self, state_dict):
         super().__init__()
@@ -1261,13 +1641,33 @@ def replace_pooling(block, pool):
     block.branch_pool.register_forward_pre_hook(lambda module, args: (pool(seen.pop("x")),))
 
 
+class ClassifierFeatures(nn.Module):
+    """What a trained classifier of ours sees before its last layer: uint8 (B, 1 or 3, S, S) -> (B, d)."""
+
+    def __init__(self, net, label, channels, size):
+        super().__init__()
+        self.net, self.label, self.channels, self.size = net.eval(), label, channels, size
+
+    def forward(self, images):
+        x = resize(images, self.size).float() / 127.5 - 1
+        x = x.mean(1, keepdim=True) if self.channels == 1 else x.expand(-1, 3, -1, -1)
+        return self.net.features(x)
+
+
 def feature_network(name, weights=None):
-    """The feature network called `name`, in eval mode: "random" or "inception" (its weights from the file
-    `weights`, else torch.hub's cache or a download). ValueError when the weights are not to be had."""
+    """The feature network called `name`, in eval mode: "random", "inception" (its weights from the file
+    `weights`, else torch.hub's cache or a download) or the path of a classifier's model.pt. ValueError when
+    it is not to be had. Its `label` is what a distance is named by."""
     if name == "random":
         return RandomFeatures().eval()
     if name != "inception":
-        raise ValueError(f"features are random or inception; got {name!r}")
+        if not Path(name).is_file():
+            raise ValueError(f"--features is random, inception or the model.pt of a trained classifier; got {name!r}")
+        nets, saved = load_model(name)
+        if "net" not in nets:
+            raise ValueError(f"--features {name} is a {saved['settings']['model']}; a classifier's model.pt is needed, "
+                             f"{', '.join(CLASSIFIERS)}")
+        return ClassifierFeatures(nets["net"], *(saved["settings"][k] for k in ("model", "channels", "image_size")))
     try:
         return InceptionFeatures(torch.load(weights, map_location="cpu", weights_only=True) if weights is not None else
                                  torch.hub.load_state_dict_from_url(FID_WEIGHTS, map_location="cpu", check_hash=True,
@@ -1366,6 +1766,30 @@ def distance_to(held_out, images, network, features, seed=0):
     return distance
 
 
+@torch.no_grad()
+def reconstruct(nets, images, size=100):
+    """uint8 images (N, C, S, S) through encoder (a VAE's mean, no noise) and decoder -> float (N, C, S, S) on
+    the CPU, in [-1, 1]. In the mode, train or eval, that the networks are in."""
+    device, z = next(nets.parameters()).device, nets["decoder"].z
+    return torch.cat([nets["decoder"](nets["encoder"](part.to(device).float() / 127.5 - 1)[:, :z]).cpu()
+                      for part in images.split(size)])
+
+
+def reconstruction_error(nets, images):
+    """Mean squared error over all pixels of uint8 images, in units of [-1, 1]."""
+    return sum(F.mse_loss(reconstruct(nets, part), part.cpu().float() / 127.5 - 1).item() * len(part)
+               for part in images.split(1000)) / len(images)
+
+
+@torch.no_grad()
+def accuracy(net, images, labels, size=500):
+    """Share of all the images, uint8 (N, C, S, S), that `net` puts into their class; the last batch may be smaller."""
+    device = next(net.parameters()).device
+    right = sum(int((net(part.to(device).float() / 127.5 - 1).argmax(1).cpu() == truth.cpu()).sum())
+                for part, truth in zip(images.split(size), labels.split(size)))
+    return right / len(images)
+
+
 def mac_positions(model, *inputs):
     """{name of prunable weight: positions of the output, per image, at which each of its weights works}.
 
@@ -1392,11 +1816,21 @@ def mac_positions(model, *inputs):
     return found
 
 
-def gan_positions(nets, size, channels):
-    """mac_positions of a GAN by flat names, "G.stem.weight"."""
-    device = next(nets.parameters()).device
-    inputs = {"G": torch.zeros(1, nets["G"].z, device=device), "D": torch.zeros(1, channels, size, size, device=device)}
-    return {f"{role}.{name}": places for role in nets for name, places in mac_positions(nets[role], inputs[role]).items()}
+def positions_of(nets, size, channels):
+    """mac_positions of a model's networks by flat names, "G.stem.weight"."""
+    device, found = next(nets.parameters()).device, {}
+    for role, net in nets.items():
+        latent = role in ("G", "decoder")
+        x = torch.zeros(1, net.z, device=device) if latent else torch.zeros(1, channels, size, size, device=device)
+        found |= {f"{role}.{name}": places for name, places in mac_positions(net, x).items()}
+    return found
+
+
+def training_macs(history, steps, positions, sizes, batch_size):
+    """MACs of the training of an autoencoder or classifier: a forward, and twice as much backward, per image.
+    Arguments as of gan_training_macs."""
+    return sum((until - since) * batch_size * 3 * sum(places * counts.get(name, sizes[name]) for name, places in positions.items())
+               for (since, counts, _), (until, _, _) in zip(history, [*history[1:], [steps, {}, []]]))
 
 
 def gan_training_macs(history, steps, positions, sizes, batch_size, n_critic, g_batch, ratio_every=0, paper=False):
@@ -1434,23 +1868,33 @@ def gan_training_macs(history, steps, positions, sizes, batch_size, n_critic, g_
 
 
 # ==================================================================================================
-# 8. COMMAND LINE: settings, checks, the methods, the run folder, the table. Only this section prints
+# 9. COMMAND LINE: settings, checks, the methods, the run folder, the table. Only this section prints
 #    (and the progress line of `train`), and only here are there settings.
 
-DEFAULTS = dict(method="ddst", dataset="shapes", model="sngan", seed=0, width=1.0, density=0.3, grow="gradient",
-                band=[0.45, 0.55], max_density_D=1.0, ratio_every=10, data="data", checkpoint_s=120.0)
+DEFAULTS = dict(method="ddst", dataset="shapes", seed=0, width=1.0, density=0.3, grow="gradient", band=[0.45, 0.55],
+                max_density_D=1.0, ratio_every=10, prune_rate=0.2, scope="global", controls=False, data="data",
+                checkpoint_s=120.0)
 EVALUATION = dict(eval_images=None, features="random", inception_weights=None)          # may change when a run continues
-SHAPES_PRESET = dict(width=0.125, batch_size=16, steps=2000)                            # minutes on two cores
-SHAPES_SNGAN = dict(n_critic=1, lr=1e-3)                    # at 2e-4 two thousand steps give blobs; other models keep theirs
+# On shapes, minutes on two cores. At its own lr two thousand steps of sngan give blobs; other models keep theirs.
+SHAPES_PRESET = {"gan": dict(width=0.125, batch_size=16, steps=2000), "autoencoder": dict(width=0.25, batch_size=64, steps=1000),
+                 "classifier": dict(width=0.5, batch_size=64, steps=400), "sngan": dict(n_critic=1, lr=1e-3), "rounds": 5}
+PAPER_ROUNDS = 20                                           # of Kalibhat et al. 2021: 1 % of the weights is left
 CPU_SIZE = dict(width=0.25, n_critic=1, batch_size=32)      # what a CPU can train on photographs in 20 minutes
 CHANGE, FLOOR = 0.05, 0.05          # DDST: one change of D's density, and where it ends (shares of D's weights)
 HEALTHY = (0.4, 0.65)               # balance ratio of good runs (our reading of Wang et al. 2023); wider than the band,
                                     # so that a controlled run may swing past its band without a word
 
 READ_BY = {                         # flags that only some methods read; a flag that is not read is refused
-    "density": ("static", "sdst", "ddst"), "density_D": ("static", "sdst", "ddst"),
+    "density": ("static", "sdst", "ddst", "imp"), "density_D": ("static", "sdst", "ddst"),
     "update_every": ("sdst", "ddst"), "grow": ("sdst", "ddst"), "max_density_D": ("ddst",), "band": ("ddst",),
     "update_every_D": ("ddst",), "first_D": ("ddst",),        # no flags, but settings of ddst alone
+    "rounds": ("imp",), "prune_rate": ("imp",), "rewind_step": ("imp",), "scope": ("imp",),
+    "prune": ("imp", "transfer"), "controls": ("imp", "ticket", "transfer"), "ticket": ("ticket", "transfer"),
+}
+READ_BY_MODEL = {                   # and by some models
+    "density_D": GANS, "n_critic": GANS, "ratio_every": GANS, "beta": VAES,
+    "z": tuple(m for m in MODELS if m not in CLASSIFIERS), "features": (*GANS, *VAES), "inception_weights": (*GANS, *VAES),
+    "eval_images": (*GANS, *VAES),
 }
 FOR_EVALUATE = {"evaluate", "device", "data", *EVALUATION}
 NOT_IDENTITY = {"device", "out", "data", "checkpoint_s", "environment", "given", *EVALUATION}
@@ -1459,17 +1903,17 @@ NOT_IDENTITY = {"device", "out", "data", "checkpoint_s", "environment", "given",
 def parse(argv):
     """The flags that were given, as a dict; argparse's defaults are None, `resolve` has ours."""
     parser = argparse.ArgumentParser(prog="lottery.py", allow_abbrev=False,
-                                     description="Sparse training of GANs: dense, static, SDST, DDST.",
-                                     epilog="On shapes, the default data set, a preset replaces steps, width and batch "
-                                            "size (sngan: n-critic and lr too): a few minutes on two cores. The same "
+                                     description="Sparse training of GANs, and winning tickets of GANs, autoencoders and classifiers.",
+                                     epilog="On shapes, the default data set, a preset replaces steps, width, batch size "
+                                            "and rounds (sngan: n-critic and lr too): a few minutes on two cores. The same "
                                             "command again continues a run that was cut off.")
     add = parser.add_argument
-    add("--method", help="dense, static, sdst or ddst (default ddst)")
+    add("--method", help=f"{', '.join(METHODS)} (default ddst)")
     add("--dataset", help="shapes (built in), mnist, fashion_mnist, cifar10, stl10, celeba, or a folder of images")
-    add("--model", help=f"{', '.join(MODELS)} (default sngan)")
-    add("--density", type=float, help="share of G's weights kept, 0 < d <= 1 (default 0.3)")
-    add("--steps", type=int, help="updates of G (default 100,000; dcgan, resnet_dcgan 50,000)")
-    add("--batch-size", type=int, help="real images per step of D (default 64)")
+    add("--model", help=f"{', '.join(MODELS)} (default sngan; imp: dcgan; ticket: its own)")
+    add("--density", type=float, help="share of weights kept, of a GAN G's, 0 < d <= 1 (default 0.3); imp: prune until it is reached")
+    add("--steps", type=int, help="of a GAN updates of G (default by model, 4,690 to 100,000)")
+    add("--batch-size", type=int, help="images per step, of a GAN real images per step of D (default by model, 64 or 128)")
     add("--width", type=float, help="multiplies every channel count of the model (default 1)")
     add("--seed", type=int, help="of everything that is drawn (default 0)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda when there is one)")
@@ -1478,8 +1922,9 @@ def parse(argv):
     add("--data", help="folder that holds the data sets (default data)")
     add("--image-size", type=int, help="32, 48 or 64 pixels (default by data set; celeba and folders 64)")
     add("--z", type=int, help="size of the latent vector (default by model)")
+    add("--beta", type=float, help="vae, resnet_vae: weight of the KL term (default 1)")
     add("--n-critic", type=int, help="steps of D per step of G (default by model)")
-    add("--lr", type=float, help="learning rate of both networks (default by model)")
+    add("--lr", type=float, help="learning rate (default by model)")
     add("--checkpoint-s", type=float, help="seconds between checkpoints (default 120)")
     add = parser.add_argument_group("sparse training").add_argument
     add("--density-D", type=float, help="share of D's weights kept; at the start, for ddst (default 1; ddst: as --density)")
@@ -1488,10 +1933,18 @@ def parse(argv):
     add("--grow", help="grow weights by gradient or random (default gradient)")
     add("--band", type=float, nargs=2, metavar=("LOW", "HIGH"), help="ddst: balance ratios that D is kept in (default .45 .55)")
     add("--ratio-every", type=int, help="steps between measurements of the balance ratio (default 10)")
+    add = parser.add_argument_group("tickets").add_argument
+    add("--rounds", type=int, help=f"imp: rounds of pruning (default {PAPER_ROUNDS}; one round is one-shot pruning)")
+    add("--prune-rate", type=float, help="imp: share of the survivors pruned per round (default 0.2)")
+    add("--rewind-step", type=int, help="imp: survivors go back to this step (default 1,000 classifiers, 100 linear_ae, 10 else; at most steps/10)")
+    add("--scope", help="imp: one pool of weights for all (global, default), per network or per layer")
+    add("--prune", nargs="+", metavar="ROLE", help="imp: networks that are pruned; transfer: that receive: G, D, encoder, decoder (default all)")
+    add("--controls", action="store_true", default=None, help="train the random ticket (same mask, other weights) and the shuffled mask too")
+    add("--ticket", metavar="T", help="ticket, transfer: a ticket file, or a run folder (its sparsest winning ticket)")
     add = parser.add_argument_group("measuring").add_argument
-    add("--eval-every", type=int, help="steps between evaluations (default steps/10)")
+    add("--eval-every", type=int, help="steps between evaluations (default steps/10; imp: at both ends)")
     add("--eval-images", type=int, help="most images on either side of a distance (default 2,000; inception 50,000 if there are)")
-    add("--features", help="random (default) or inception")
+    add("--features", help="random (default), inception, or the model.pt of a trained classifier")
     add("--inception-weights", metavar="FILE", help="the FID network's weights (default: torch.hub's cache or download)")
     add("--evaluate", metavar="DIR", help="measure a finished run again")
     add("--table", metavar="DIR", nargs="+", help="print finished runs side by side, mean and sd over seeds")
@@ -1510,26 +1963,51 @@ def choose(name, value, choices):
 
 
 def resolve(given):
-    """All settings of a run from the flags given: flag, else preset, else model's, else data set's, else DEFAULTS."""
-    method, dataset, model = (given.get(name, DEFAULTS[name]) for name in ("method", "dataset", "model"))
+    """All settings of a run: flag, else the ticket's, else preset, else model's, else data set's, else DEFAULTS."""
+    method = given.get("method", DEFAULTS["method"])
     choose("method", method, METHODS)
+    ticket = inherited(given, method) if method in ("ticket", "transfer") else {}
+    model = given.get("model", ticket.get("model", "dcgan" if method == "imp" else "sngan"))
+    dataset = given.get("dataset", ticket.get("dataset", DEFAULTS["dataset"]))
     choose("model", model, MODELS)
-    for name, readers in READ_BY.items():
-        if name in given and method not in readers:
-            raise ValueError(f"{flag(name)} is not read by {method}; it is read by {', '.join(readers)}")
-    for name, unread in dict(inception_weights=given.get("features") != "inception", data=dataset == "shapes",
-                             grow=method == "sdst" and given.get("update_every") == 0).items():
+    if method in ("sdst", "ddst") and model not in GANS:
+        raise ValueError(f"--method {method} trains GANs, {', '.join(GANS)}; got --model {model}")
+    for reads, what, ours in ((READ_BY, method, "method"), (READ_BY_MODEL, model, "model")):
+        for name, readers in reads.items():
+            if name in given and what not in readers:
+                raise ValueError(f"{flag(name)} is not read by {what}; it is read by {', '.join(readers)}")
+    for name, unread, goes_with in (("inception_weights", given.get("features") != "inception", "--features inception"),
+                                    ("data", dataset == "shapes", "every --dataset but shapes"),
+                                    ("grow", method == "sdst" and given.get("update_every") == 0, "--update-every above 0"),
+                                    ("density", "rounds" in given, "no --rounds: either sets where pruning ends")):
         if name in given and unread:
-            raise ValueError(f"{flag(name)} is not read here; it goes with " + dict(
-                inception_weights="--features inception", data="every --dataset but shapes", grow="--update-every above 0")[name])
-    s = {**DEFAULTS, **EVALUATION, **DATASETS.get(dataset, DATASETS["folder"]), **MODELS[model],
-         **(SHAPES_PRESET if dataset == "shapes" else {}),
-         **(SHAPES_SNGAN if dataset == "shapes" and model == "sngan" else {}), **given, "given": given}
+            raise ValueError(f"{flag(name)} is not read here; it goes with {goes_with}")
+    kind = "gan" if model in GANS else "classifier" if model in CLASSIFIERS else "autoencoder"
+    own, preset = DATASETS.get(dataset, DATASETS["folder"]), {}
+    if model == "linear_ae" and dataset in ("mnist", "fashion_mnist"):
+        own = {**own, "image_size": 28}                       # the paper's 784 inputs; no black frame
+    if dataset == "shapes":
+        preset = {**SHAPES_PRESET[kind], "rounds": SHAPES_PRESET["rounds"], **SHAPES_PRESET.get(model, {})}
+    s = {**DEFAULTS, "rounds": PAPER_ROUNDS, **EVALUATION, **own, **MODELS[model], **preset, **ticket, **given, "given": given,
+         "model": model, "dataset": dataset, "roles": list(ROLES[kind])}
     check_least(s)
+    if kind == "classifier" and not s["classes"]:
+        raise ValueError(f"{model} needs labels and {dataset} has none; "
+                         f"--dataset {', '.join(n for n in DATASETS if DATASETS[n]['classes'])} have them")
+    if kind == "classifier":
+        s["crop"] = 4
+    s.setdefault("rewind_step", min(1000 if kind == "classifier" else 100 if model == "linear_ae" else 10, s["steps"] // 10))
+    if method in ("imp", "ticket") and not 0 <= s["rewind_step"] < s["steps"]:
+        raise ValueError(f"the rewind step {s['rewind_step']} is not before the last of {s['steps']} steps; "
+                         f"pass a smaller --rewind-step or more --steps")
+    if "prune" not in given and not set(s.get("prune", "-")) <= set(s["roles"]):         # not given, or of another model's ticket
+        s["prune"] = s["roles"]
+    for role in s["prune"]:
+        choose("prune", role, s["roles"])
     # `strict` (D may never be dense) only changes D's interval; the paper has both variants.
     s["update_every"], s["update_every_D"], s["first_D"] = gan_schedule(s["steps"], s.get("update_every"), s["max_density_D"] < 1)
     s["window"] = s["update_every_D"]
-    s.setdefault("eval_every", max(1, s["steps"] // 10))
+    s.setdefault("eval_every", s["steps"] if method == "imp" else max(1, s["steps"] // 10))
     if method != "ddst":
         s.setdefault("density_D", 1.0)
     elif "density_D" not in s:                                # the shapes preset starts D above G: half of it
@@ -1540,27 +2018,61 @@ def resolve(given):
                          f"pass at most {s['window']}")
     if not 0 < s["lr"] < math.inf:
         raise ValueError(f"--lr is a positive number; got {s['lr']}")
+    if not 0 <= s.get("beta", 0) < math.inf:
+        raise ValueError(f"--beta is a number, at least 0; got {s['beta']}")
     if not -math.inf < s["band"][0] <= s["band"][1] < math.inf:
         raise ValueError(f"--band takes two numbers, LOW <= HIGH; got {s['band'][0]} {s['band'][1]}")
     choose("grow", s["grow"], ("gradient", "random"))
-    choose("features", s["features"], ("random", "inception"))
+    choose("scope", s["scope"], SCOPES)
     for name in ("density", "density_D", "max_density_D"):
         check_density(s[name], flag(name))
+    if method == "imp":
+        if "density" not in given:
+            s["density"] = None
+        s["rounds"] = len(round_densities(s["prune_rate"], s["rounds"], s["density"]))
     if method == "ddst" and s["density_D"] > s["max_density_D"]:
         raise ValueError(f"D starts with {s['density_D']} of its weights, above --max-density-D {s['max_density_D']}; "
                          f"pass a smaller --density-D or a larger --max-density-D")
-    for name, readers in READ_BY.items():                     # what a method does not read is no setting of its run
-        if method not in readers:
-            s[name] = None
+    kept_by_ticket = {"rewind_step", "prune"} if method == "ticket" else set()
+    for reads, what in ((READ_BY, method), (READ_BY_MODEL, model)):          # what is not read is no setting of the run
+        for name, readers in reads.items():
+            if what not in readers and name not in {*EVALUATION, *kept_by_ticket}:
+                s[name] = None
     s["device"] = str(pick_device(given.get("device")))
     s.setdefault("out", f"runs/{method}-{model}-{Path(dataset).name}-{s['seed']}")
     return s
 
 
+ROLES = {"gan": ("G", "D"), "autoencoder": ("encoder", "decoder"), "classifier": ("net",)}
+
+
+def inherited(given, method):
+    """Settings that a run takes over from its --ticket, and the file that it came from and its digest."""
+    if "ticket" not in given:
+        raise ValueError(f"--method {method} needs --ticket, a ticket file or the folder of a finished imp run")
+    path = Path(given["ticket"])
+    if path.is_dir():
+        if not (path / "summary.json").exists() or not (chosen := read_json(path / "summary.json").get("ticket")):
+            raise ValueError(f"--ticket {path} is no folder of a finished imp run; name one, or a ticket-NN.pt in it")
+        path = path / chosen
+    if not path.is_file():
+        raise ValueError(f"--ticket {path}: no such file; name a ticket-NN.pt or the folder of a finished imp run")
+    s = load_ticket(path)["settings"]
+    names = ["dataset", "seed", "width", "image_size"]
+    if method == "ticket":
+        names += ["model", "z", "steps", "batch_size", "lr", "n_critic", "beta", "rewind_step", "prune"]
+    elif "model" not in given:
+        raise ValueError(f"--method transfer needs --model, the model that the ticket of a {s['model']} goes into")
+    elif given["model"] in MODELS and "z" in MODELS[given["model"]]:
+        names += ["z"]
+    return {**{name: s[name] for name in names if s.get(name) is not None}, "ticket_file": str(path),
+            "ticket_sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
+
+
 def check_least(s):
     """ValueError for a whole number or time below its least value. Not `<`: nan is refused too."""
-    for name, least in dict(steps=1, batch_size=2, n_critic=1, z=1, ratio_every=1, seed=0, update_every=0,
-                            eval_every=1, eval_images=1, checkpoint_s=0).items():
+    for name, least in dict(steps=1, batch_size=2, n_critic=1, z=1, ratio_every=1, seed=0, update_every=0, eval_every=1,
+                            eval_images=1, checkpoint_s=0, rounds=1, rewind_step=0).items():
         if s.get(name) is not None and not s[name] >= least:
             raise ValueError(f"{flag(name)} is at least {least}; got {s[name]}")
 
@@ -1587,7 +2099,9 @@ class Job(NamedTuple):
     """What a method works on. Images are uint8 (N, C, S, S); masks are flat, "G.stem.weight", {} when dense."""
     settings: dict
     images: torch.Tensor
+    labels: torch.Tensor
     held_out: torch.Tensor
+    held_out_labels: torch.Tensor
     network: nn.Module      # features of images, for the distance
     nets: nn.ModuleDict
     masks: dict
@@ -1655,33 +2169,38 @@ def load_job(s, nets, masks):
     """Images and feature network beside `nets` and `masks`. ValueError when something is missing; writes no run folder."""
     device = torch.device(s["device"])
     network = feature_network(s["features"], s["inception_weights"]).to(device)
-    images, held_out = (load_images(s["dataset"], s["data"], s["image_size"], train, s["batch_size"])[0] for train in (True, False))
+    (images, labels), (held_out, truth) = (load_images(s["dataset"], s["data"], s["image_size"], train, s["batch_size"],
+                                                       s["model"] in CLASSIFIERS) for train in (True, False))
     decode_listed.cache_clear()               # the whole set a second time: free it
     if len(images) < s["batch_size"]:
         raise ValueError(f"a batch of {s['batch_size']} is larger than the {len(images)} training images; "
                          f"pass a smaller --batch-size")
     if device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
-    return Job({**s, "data_images": len(images)}, images, held_out, network, nets, masks)
+    return Job({**s, "data_images": len(images)}, images, labels, held_out, truth, network, nets, masks)
 
 
-def fresh_networks(s):
-    return build(s["model"], s["image_size"], s["channels"], s["width"], s["z"], s["seed"]).to(s["device"])
+def fresh_networks(s, draw=0):
+    return build(s["model"], s["image_size"], s["channels"], s["width"], s.get("z"), s["seed"], s["classes"], draw).to(s["device"])
 
 
-def start_masks(nets, densities, seed):
+def start_masks(s, nets):
+    """The masks that a run starts with, flat. A network that is dense and stays it has none: nothing to multiply,
+    nothing to store. Under ddst D has them even while all are 1, because they will move."""
+    if s["method"] in ("ticket", "transfer"):
+        return open_ticket(s, nets)[1]
+    if s["method"] not in ("static", "sdst", "ddst"):
+        return {}
+    shares = dict.fromkeys(s["roles"], s["density"])
+    if s["model"] in GANS:
+        shares = {"G": s["density"], **({"D": s["density_D"]} if s["method"] == "ddst" or s["density_D"] < 1 else {})}
+    return erk_masks(nets, shares, s["seed"])
+
+
+def erk_masks(nets, densities, seed):
     """Flat ERK masks of the networks in `densities` {role: share}, drawn from the seed."""
     return {f"{role}.{name}": mask for role, share in densities.items()
             for name, mask in random_masks(prunable_parameters(nets[role]), share, rng(seed, 0, f"masks {role}")).items()}
-
-
-def start_densities(s):
-    """{role: share kept} of the networks that have masks. A dense one has none at all: nothing to multiply,
-    nothing to store. Under ddst D has them even while all are 1, because they will move."""
-    shares = {"G": s["density"], "D": s["density_D"]}
-    if s["method"] == "dense":
-        return {}
-    return shares if s["method"] == "ddst" or s["density_D"] < 1 else {"G": s["density"]}
 
 
 def ddst_control(s, masks):
@@ -1695,106 +2214,251 @@ def ddst_control(s, masks):
                 cap=round(s["max_density_D"] * total))
 
 
-def train_gan(job):
-    """dense, static, sdst, ddst: one training under masks that stay or move; leaves model.pt, samples.png and
-    summary.json. The methods differ in `start_densities`, in `update_every` (None: G's mask stays) and in `control`."""
-    s, _, _, _, nets, masks = job
-    folder, state, optimizers, ema = Path(s["out"]), {}, gan_optimizers(nets, s), nn.ModuleDict()
-    if s["ema"]:
-        ema["G"] = copy.deepcopy(nets["G"]).requires_grad_(False)
-    moves = dynamic_gan(nets, optimizers, masks, state, steps=s["steps"], seed=s["seed"], ratio_every=s["ratio_every"],
-                        window_steps=s["window"], update_every=s["update_every"], how=s["grow"], control=ddst_control(s, masks))
-    print_header(s, nets, masks, len(job.images))
+class Fit(NamedTuple):
+    """What a named training of a job leaves: live networks, averages, masks, what after_step remembers, Trained."""
+    nets: nn.ModuleDict
+    ema: nn.ModuleDict
+    masks: dict
+    state: dict
+    done: Trained
+
+    @property
+    def metric(self):
+        return self.done.rows[-1].get("metric")
+
+
+def fitter(job):
+    """-> fit(name, nets, masks, start, after_step, state), one named training of the job's model; returns Fit.
+    Methods are sequences of such calls; those that are done return at once."""
+    s, folder, measure, gan = job.settings, Path(job.settings["out"]), measurement(job), job.settings["model"] in GANS
+
+    def fit(name, nets, masks, start=0, also=None, state=None):
+        state, optimizers, ema = {} if state is None else state, make_optimizers(nets, s), nn.ModuleDict()
+        if s.get("ema"):
+            ema["G"] = copy.deepcopy(nets["G"]).requires_grad_(False)
+        if gan:
+            moves = dynamic_gan(nets, optimizers, masks, state, steps=s["steps"], seed=s["seed"], ratio_every=s["ratio_every"],
+                                window_steps=s["window"], update_every=s["update_every"], how=s["grow"],
+                                control=ddst_control(s, masks), start=start)
+        else:
+            state.setdefault("history", [[start, {n: int(torch.count_nonzero(m)) for n, m in masks.items()}, []]])
+            state.setdefault("log", role_densities(nets, masks))
+
+        def after_step(step, out):
+            if gan:
+                moves(step, out)
+                if step > s["steps"] // 20 and len(state["window"]) == max(1, s["window"] // s["ratio_every"]):
+                    explain_ratio(state, step)
+            if also:
+                also(step, out)
+
+        done = train(nets, step_function(s, job.images, job.labels, nets, optimizers, masks), s["steps"], optimizers=optimizers,
+                     start=start, masks=masks, after_step=after_step, state=state, ema=ema, ema_longest=s.get("ema"),
+                     evaluate=lambda step: measure(for_use(s, nets, ema)), eval_every=s["eval_every"], folder=folder, name=name,
+                     checkpoint_s=s["checkpoint_s"], images_per_step=s["batch_size"] * (s.get("n_critic") or 1))
+        return Fit(nets, ema, masks, state, done)
+
+    return fit
+
+
+def for_use(s, nets, ema):
+    """{role: network} in eval mode, of copies; a GAN's G by generator_for_use."""
+    use = {role: copy.deepcopy(net).eval() for role, net in nets.items() if role != "G"}
+    if "G" in nets:
+        use["G"] = generator_for_use(nets["G"], ema["G"] if "G" in ema else None, s["seed"], s["batch_size"])
+    return nn.ModuleDict(use)
+
+
+def measurement(job):
+    """-> (networks for use) -> {column: number}: the metric that decides, and what stands beside it. Writes the pictures."""
+    s, folder = job.settings, Path(job.settings["out"])
+    distance = (job_distance(job) or (lambda G: {})) if s["model"] in (*GANS, *VAES) else None
+
+    def measure(nets):
+        if "net" in nets:
+            return {"metric_name": "accuracy", "metric": accuracy(nets["net"], job.held_out, job.held_out_labels)}
+        numbers, generator = {}, nets["G" if "G" in nets else "decoder"]
+        if "encoder" in nets:
+            error = reconstruction_error(nets, job.held_out)
+            numbers = {"metric_name": "held-out error", "metric": error} if distance is None else {"error": error}
+            seen = job.held_out[:32].cpu()
+            pairs = zip(seen.split(8), to_uint8(reconstruct(nets, seen)).split(8))            # a row, and below it what came back
+            save_grid(folder / "reconstructions.png", torch.cat([image for pair in pairs for image in pair]))
+        if distance:
+            save_grid(folder / "samples.png", sample_images(generator, 64, s["seed"]))
+            numbers |= distance(generator)
+        return numbers
+
+    return measure
+
+
+def train_once(job):
+    """dense, static, sdst, ddst: one training under masks that stay or move. The methods differ in
+    `start_masks`, in `update_every` (None: G's mask stays) and in `control`."""
+    print_header(job)
     estimate(job)
-    distance = job_distance(job) or (lambda G: {})
+    return finish(job, fitter(job)(job.settings["method"], job.nets, job.masks))
 
-    def usable():
-        G = generator_for_use(nets["G"], ema["G"] if ema else None, s["seed"], s["batch_size"])
-        save_samples(folder / "samples.png", G, s["seed"])
-        return G
 
-    def after_step(step, out):
-        moves(step, out)
-        if step > s["steps"] // 20 and len(state["window"]) == max(1, s["window"] // s["ratio_every"]):
-            explain_ratio(state, step)
-
-    done = train(nets, gan_step_fn(s, job.images, nets, optimizers, masks), s["steps"], optimizers=optimizers, masks=masks,
-                 after_step=after_step, state=state, ema=ema, ema_longest=s["ema"], evaluate=lambda step: distance(usable()),
-                 eval_every=s["eval_every"], folder=folder, name=s["method"], checkpoint_s=s["checkpoint_s"],
-                 images_per_step=s["batch_size"] * s["n_critic"])
-    summary = summarise(s, nets, masks, state, done)
-    weights = {**nets.state_dict(), **{f"G.{name}": value for name, value in usable().state_dict().items()}}
-    save_torch(folder / "model.pt", {"format": 1, "weights": weights,
-                                     "settings": {k: v for k, v in s.items() if k not in NOT_IDENTITY},
-                                     "masks": to_bool(masks), "metrics": {k: summary[k] for k in ("metric", "value", "floor", "kid")}})
+def finish(job, fit, trainings=None, **more):
+    """Leave model.pt, pictures of its weights and summary.json; returns the summary. `trainings`: every Fit that
+    its MACs are the cost of."""
+    s, folder, use = job.settings, Path(job.settings["out"]), for_use(job.settings, fit.nets, fit.ema)
+    summary = {**summarise(s, fit, trainings or [fit]), **more}
+    if trainings:
+        measurement(job)(use)                                 # the pictures are of the last training that was measured
+    weights = {f"{role}.{name}": value for role, net in use.items() for name, value in net.state_dict().items()}
+    save_torch(folder / "model.pt", {"format": 1, "weights": weights, "settings": identity(s), "masks": to_bool(fit.masks),
+                                     "metrics": {k: summary[k] for k in ("metric", "value", "floor", "kid")}})
     write_json(folder / "summary.json", summary)
     return summary
 
 
-METHODS = dict.fromkeys(("dense", "static", "sdst", "ddst"), train_gan)
+def identity(s):
+    """The settings that make a run what it is; plain values."""
+    return {name: value for name, value in s.items() if name not in NOT_IDENTITY}
 
 
-def gan_optimizers(nets, s):
-    return {role: make_optimizer(s["optimizer"], nets[role], s["lr"], s["betas"]) for role in ("G", "D")}
+def train_imp(job):
+    """imp: tickets by iterative magnitude pruning, a file per round, and the table that says which of them win."""
+    s, folder, fits = job.settings, Path(job.settings["out"]), []
+    print_header(job)
+    shares = round_densities(s["prune_rate"], s["rounds"], s["density"])
+    print(f"  {len(shares)} rounds to {100 * shares[-1]:.2f}% of {', '.join(s['prune'])}, {s['scope']} pool, rewound to step "
+          f"{s['rewind_step']}" + (", each with two controls" if s["controls"] else ""))
+    estimate(job, 1 + len(shares) * (3 if s["controls"] else 1))
+    rows = []
+    for round_ in iterative_magnitude_pruning(functools.partial(fresh_networks, s), fitter(job), shares, prune=s["prune"],
+                                              rewind_step=s["rewind_step"], scope=s["scope"], controls=s["controls"], seed=s["seed"]):
+        fit = round_.results["ticket"]
+        fits.append(fit._replace(nets=None, ema=None, masks=dict(round_.masks)))
+        metrics = {name: result.metric for name, result in round_.results.items()}
+        if round_.number == 0:
+            dense = metrics["ticket"]
+            continue
+        row = {"round": round_.number, "density": density(round_.masks), **role_densities(fit.nets, round_.masks), "dense": dense,
+               **metrics, "verdict": verdict(dense, metrics["ticket"], metrics.get("random"), higher=s["model"] in CLASSIFIERS)}
+        rows.append(row)
+        save_ticket(folder / f"ticket-{round_.number:02}.pt", round_.theta, round_.masks, identity(s), round_.number, row)
+        empty = [name for name, mask in round_.masks.items() if not mask.any()]
+        print(f"round {round_.number}: {100 * row['density']:.2f}% kept, " + ", ".join(
+            f"{name} {value:.4f}" for name, value in metrics.items() if value is not None) + f", dense {dense or math.nan:.4f}: "
+            f"{row['verdict']}" + (f"; no weight is left in {', '.join(empty)}" if empty else ""), flush=True)
+    number = 1 + choose_round([row["verdict"] for row in rows])
+    nets, masks = fresh_networks(s), fits[number].masks
+    chosen = fitter(job)(f"round-{number:02}", nets, masks, s["rewind_step"], None, {})        # done: comes back at once
+    draw_curve(folder / "curve.png", rows, fits[-1].done.rows[-1].get("metric_name"))
+    return finish(job, chosen, fits, ticket=f"ticket-{number:02}.pt", rounds=rows, seconds=sum(f.done.seconds for f in fits))
 
 
-def gan_step_fn(s, images, nets, optimizers, masks):
-    """The step_fn of `train`: gan_step with batches and latents that are functions of (seed, step)."""
-    B, n_critic, split = s["batch_size"], s["n_critic"], {role: of_role(masks, role) for role in ("G", "D")}
+def open_ticket(s, nets):
+    """(theta, masks, line that says what they are) of a ticket or transfer run, for `nets`; ValueError if it does not fit."""
+    path = s["ticket_file"]
+    ticket = load_ticket(path, s["device"])
+    theta, masks, made = ticket["theta"], ticket["masks"], ticket["settings"]
+    if s["method"] == "ticket":
+        check_ticket(path, theta, masks, nets, s["prune"])
+        what = f"from step {s['rewind_step']}"
+    else:
+        theta, masks, came, fresh = transfer_ticket(theta, masks, nets.state_dict(), s["prune"])
+        what = f"{len(came)} tensors come over: {', '.join(came)}; fresh and dense: {', '.join(fresh) or 'none'}"
+    return theta, masks, f"  ticket {path}: round {ticket['round']} of a {made['model']} on {made['dataset']}, {what}"
 
-    def step_fn(step):
-        def draw_real(k):
-            return batch(images, (step * n_critic + k) * B, B, s["seed"], s["flip"], s["device"])
 
+def train_ticket(job):
+    """ticket: train a saved ticket from its rewind step. transfer: the part of a ticket that fits another model,
+    from step 0. With --controls the same masks on other weights, and shuffled, too."""
+    s, fit, more, start = job.settings, fitter(job), {}, job.settings["rewind_step"] or 0
+    print_header(job)
+    theta, masks, what = open_ticket(s, job.nets)
+    print(what)
+    estimate(job, 3 if s["controls"] else 1)
+    rewind_(job.nets, theta, masks)
+    done = fit(s["method"], job.nets, masks, start)
+    if s["controls"]:
+        controls = train_controls(s["method"], functools.partial(fresh_networks, s), fit, theta, masks, start, 1, s["seed"])
+        more["rounds"] = [{"round": 0, "density": density(masks), **role_densities(job.nets, masks), "dense": None,
+                           "ticket": done.metric, **{name: control.metric for name, control in controls.items()}, "verdict": "-"}]
+    return finish(job, done, [done] if more else None, **more)
+
+
+METHODS = {**dict.fromkeys(("dense", "static", "sdst", "ddst"), train_once), "imp": train_imp, "ticket": train_ticket,
+           "transfer": train_ticket}
+
+
+def make_optimizers(nets, s):
+    return {role: make_optimizer(s["optimizer"], net, s["lr"], s["betas"]) for role, net in nets.items()}
+
+
+def step_function(s, images, labels, nets, optimizers, masks):
+    """The step_fn of `train`: the model's step with batches, latents and noise that are functions of (seed, step)."""
+    B, n_critic, split = s["batch_size"], s.get("n_critic") or 1, {role: of_role(masks, role) for role in nets}
+
+    def draw_real(position):
+        return batch(images, position, B, s["seed"], s["flip"], s["device"], s.get("crop", 0))
+
+    def gan(step):
         def draw_latents(role, k):      # G's batch is a multiple of D's, its latents its own
             count = B * (s["g_batches"] if role == "G" else 1)
             return latents(count, s["z"], s["seed"], step, f"latents {role}", k, s["device"])
 
-        return gan_step(nets["G"], nets["D"], optimizers, draw_real, draw_latents, s["objective"], n_critic, s["clip"], split)
+        return gan_step(nets["G"], nets["D"], optimizers, lambda k: draw_real((step * n_critic + k) * B), draw_latents,
+                        s["objective"], n_critic, s["clip"], split)
 
-    return step_fn
+    def autoencoder(step):
+        noise = latents(B, s["z"], s["seed"], step, "noise", device=s["device"]) if s["objective"] == "variational" else None
+        return autoencoder_step(nets, optimizers, draw_real(step * B), noise, s.get("beta"), masks)
+
+    def classifier(step):
+        for group in optimizers["net"].param_groups:
+            group["lr"] = s["lr"] * lr_factor(step, s["steps"])
+        truth = labels[batch_index(len(images), step * B, B, s["seed"])].to(s["device"])
+        return classifier_step(nets["net"], optimizers["net"], draw_real(step * B), truth, split["net"])
+
+    return gan if "G" in nets else classifier if "net" in nets else autoencoder
 
 
-def seconds_per_step(s, images, masks):
+def seconds_per_step(s, job, masks):
     """Time of one step under settings `s`, on networks of its own: two steps, the second one counts."""
     nets = fresh_networks(s)
-    step_fn = gan_step_fn(s, images, nets, gan_optimizers(nets, s), masks)
+    step_fn = step_function(s, job.images, job.labels, nets, make_optimizers(nets, s), masks)
     for step in range(2):
         began = time.perf_counter()
-        float(step_fn(step)["losses"]["G"])                   # float waits for the device
+        float(sum(step_fn(step)["losses"].values()))          # float waits for the device
         took = time.perf_counter() - began
         if took > 5:
             break
     return took
 
 
-def estimate(job):
+def estimate(job, trainings=1):
     """Say how long the run takes on this device; when that is over six hours, which command fits."""
     s = job.settings
-    total = s["steps"] * seconds_per_step(s, job.images, job.masks)
-    print(f"{s['steps']:,} steps take about {duration(total)} on this {s['device']}, evaluations aside", flush=True)
+    total = trainings * s["steps"] * seconds_per_step(s, job, job.masks)
+    print(f"{f'{trainings} x ' if trainings > 1 else ''}{s['steps']:,} steps take about {duration(total)} on this {s['device']}, "
+          f"evaluations aside", flush=True)
     if total < 6 * 3600:
         return
-    small = {**s, **{name: min(s[name], most) for name, most in CPU_SIZE.items()}}
-    step_s = seconds_per_step(small, job.images, {})
-    steps = min(s["steps"], max(100, round(1200 / step_s, -2)))           # what fits into 20 minutes
-    flags = {**s["given"], "method": s["method"], "dataset": s["dataset"], "steps": int(steps), "out": f"{s['out']}-small",
-             **{name: small[name] for name in CPU_SIZE}}
-    words = [word for name, value in flags.items() for word in
-             (flag(name), *(map(str, value) if isinstance(value, list) else [str(value)]))]
-    print(f"about {duration(steps * step_s)} here: python lottery.py {shlex.join(words)}", flush=True)
+    fits = {name: min(s[name], most) for name, most in CPU_SIZE.items() if s.get(name)}
+    step_s = seconds_per_step({**s, **fits}, job, {})
+    steps = min(s["steps"], max(100, round(1200 / step_s / trainings, -2)))       # what fits into 20 minutes
+    flags = {**s["given"], "method": s["method"], "dataset": s["dataset"], "steps": int(steps), "out": f"{s['out']}-small", **fits}
+    words = [word for name, value in flags.items() if value is not False for word in
+             (flag(name), *(map(str, value) if isinstance(value, list) else [] if value is True else [str(value)]))]
+    print(f"about {duration(trainings * steps * step_s)} here: python lottery.py {shlex.join(words)}", flush=True)
 
 
-def print_header(s, nets, masks, count):
+def print_header(job):
     """The resolved settings that matter, in a few lines."""
-    print(f"{s['method']} of {s['model']} on {s['dataset']}: {count:,} images of {s['image_size']} px, seed {s['seed']}, {s['device']}")
-    shares = role_densities(nets, masks)
+    s, nets, shares = job.settings, job.nets, role_densities(job.nets, job.masks)
+    print(f"{s['method']} of {s['model']} on {s['dataset']}: {len(job.images):,} images of {s['image_size']} px, seed {s['seed']}, "
+          f"{s['device']}")
     for role, net in nets.items():
         print(f"  {role}: {sum(p.numel() for p in net.parameters()):,} parameters, "
-              f"{sum(p.numel() for p in prunable_parameters(net).values()):,} of them prunable, "
-              f"{100 * shares[f'density_{role}']:.1f}% kept")
-    print(f"  {s['steps']:,} steps x {s['n_critic']} batches of {s['batch_size']}, lr {s['lr']:g}, {s['objective']}"
-          + (f", G's mask moves every {s['update_every']} steps by {s['grow']}" if s["update_every"] else "")
+              f"{sum(p.numel() for p in prunable_parameters(net).values()):,} of them prunable"
+              + (f", {100 * shares[f'density_{role}']:.1f}% kept" if job.masks else ""))
+    print(f"  {s['steps']:,} steps x {f'{n} batches' if (n := s.get('n_critic')) else 'a batch'} of {s['batch_size']}, lr {s['lr']:g}, "
+          f"{s['objective']}" + (f", G's mask moves every {s['update_every']} steps by {s['grow']}" if s["update_every"] else "")
           + (f", D's may change every {s['update_every_D']} from step {s['first_D']}, band {s['band'][0]:g} to {s['band'][1]:g}, "
              f"at most {100 * s['max_density_D']:g}%" if s["method"] == "ddst" else ""))
 
@@ -1817,47 +2481,95 @@ def job_distance(job):
     n = min(there, s["eval_images"] or (50_000 if s["features"] == "inception" and there >= 50_000 else 2000))
     if n < 640:
         return print(f"no distance: {n} held-out images are too few, 640 are needed")
-    return distance_to(job.held_out[:n], job.images[:n], job.network, s["features"], s["seed"])
+    return distance_to(job.held_out[:n], job.images[:n], job.network, job.network.label, s["seed"])
 
 
-def save_samples(path, G, seed):
-    """8 x 8 images from fixed latents as one PNG."""
+def save_grid(path, images):
+    """uint8 images (N, C, S, S), eight in a row, as one PNG."""
     utils = import_torchvision().utils
-    grid = utils.make_grid(sample_images(G, 64, seed).float() / 255, nrow=8, padding=1)
+    grid = utils.make_grid(images.float() / 255, nrow=8, padding=1)
     write_atomically(path, lambda file: utils.save_image(grid, file, format="png"))
 
 
-def summarise(s, nets, masks, state, done):
-    """The row of --table as a dict; None where something does not apply."""
+def draw_curve(path, rows, title):
+    """The metric over the share of weights kept, of the ticket and its controls, where matplotlib is there."""
+    try:
+        import matplotlib
+        matplotlib.use("agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for name in ("ticket", "random", "shuffled"):
+        if name in rows[0] and rows[0][name] is not None:
+            axes.plot([100 * row["density"] for row in rows], [row[name] for row in rows], marker="o", label=name)
+    if rows[0]["dense"] is not None:
+        axes.axhline(rows[0]["dense"], color="gray", linestyle="--", label="dense")
+    axes.set(xscale="log", xlabel="weights kept, %", ylabel=title)
+    axes.invert_xaxis(), axes.legend()
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    pyplot.close(figure)
+
+
+def summarise(s, fit, trainings):
+    """The row of --table as a dict; None where something does not apply. `trainings`: the Fits that its MACs add up."""
+    nets, masks, state, done = fit.nets, fit.masks, fit.state, fit.done
     sizes = {name: w.numel() for name, w in prunable_parameters(nets).items()}
     counts = {**sizes, **{name: int(torch.count_nonzero(mask)) for name, mask in masks.items()}}
-    positions = gan_positions(nets, s["image_size"], s["channels"])
+    positions = positions_of(nets, s["image_size"], s["channels"])
     macs, dense_macs = (sum(positions[n] * c[n] for n in sizes) for c in (counts, sizes))
-    parameters, history, no_masks = sum(p.numel() for p in nets.parameters()), state["history"], [[0, {}, []]]
-    training = functools.partial(gan_training_macs, steps=done.step, positions=positions, sizes=sizes,
-                                 batch_size=s["batch_size"], n_critic=s["n_critic"], g_batch=s["batch_size"] * s["g_batches"])
+    parameters, gan = sum(p.numel() for p in nets.parameters()), s["model"] in GANS
+
+    def relative(**how):
+        """MACs of the trainings over those of one dense training, balance ratios aside there."""
+        common = dict(steps=done.step, positions=positions, sizes=sizes, batch_size=s["batch_size"])
+        if not gan:
+            return sum(training_macs(f.state["history"], **common) for f in trainings) / training_macs([[0, {}, []]], **common)
+        common |= dict(n_critic=s["n_critic"], g_batch=s["batch_size"] * s["g_batches"])
+        spent = sum(gan_training_macs(f.state["history"], **common, **how) for f in trainings)
+        return spent / gan_training_macs([[0, {}, []]], **common, paper=how.get("paper", False))
+
     first, last, ratio = done.rows[0], done.rows[-1], state["log"].get("balance_ratio", math.nan)
     return {**{name: s[name] for name in ("method", "model", "dataset", "seed", "width", "batch_size")}, "steps": done.step,
-            "density": sum(counts.values()) / sum(sizes.values()), **role_densities(nets, masks),
+            "density": sum(counts.values()) / sum(sizes.values()), "density_G": None, "density_D": None, **role_densities(nets, masks),
             "metric": last.get("metric_name"), "value": last.get("metric"),
             "untrained": first.get("metric") if first.get("metric_name") == last.get("metric_name") else None,
-            "floor": last.get("floor"), "kid": last.get("kid"),
+            "floor": last.get("floor"), "kid": last.get("kid"), "error": last.get("error"),
             "balance_ratio": ratio if math.isfinite(ratio) else None,                 # JSON has no inf
             "parameters": parameters, "kept": parameters - sum(sizes.values()) + sum(counts.values()),
-            "macs": macs, "macs_relative": macs / dense_macs,
-            "training_macs_relative": training(history, ratio_every=s["ratio_every"]) / training(no_masks),
-            "training_macs_relative_paper": training(history, paper=True) / training(no_masks, paper=True),
+            "macs": macs, "macs_relative": macs / dense_macs, "training_macs_relative": relative(ratio_every=s["ratio_every"]),
+            "training_macs_relative_paper": relative(paper=True) if gan else None,
             "seconds": round(done.seconds, 1), "actions_D": state.get("actions", {}),
             "layers": {name: counts[name] / sizes[name] for name in sizes}}
 
 
+def aligned(rows):
+    """Rows of strings as text in columns; columns without any value are left out."""
+    columns = [column for column in zip(*rows) if set(column[1:]) != {"-"}]
+    widths = [max(map(len, column)) for column in columns]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in zip(*columns))
+
+
+def round_table(summary):
+    """The rounds of an imp run, or the controls of a ticket, as text."""
+    rows = summary["rounds"]
+    shares = [key for key in rows[0] if key.startswith("density_")]
+    lines = [["round", "sparsity", *(f"{key.removeprefix('density_')} kept" for key in shares), "dense",
+              "ticket", "random ticket", "shuffled mask", "verdict"]]
+    for row in rows:
+        metrics = ["-" if row.get(key) is None else f"{row[key]:.4f}" for key in ("dense", "ticket", "random", "shuffled")]
+        lines.append([str(row["round"]), f"{1 - row['density']:.2%}", *(f"{row[key]:.2%}" for key in shares), *metrics, row["verdict"]])
+    return f"{summary['metric'] or 'no metric'}, seed {summary['seed']}\n{aligned(lines)}"
+
+
 def table(summaries):
     """Runs side by side as text; runs that differ only in the seed are one row, mean ± sd."""
-    columns = {"method": "{}", "model": "{}", "dataset": "{}", "steps": "{:,.0f}", "density_G": "{:.1%}", "density_D": "{:.1%}",
-               "metric": "{}", "value": "{:.4f}", "untrained": "{:.4f}", "floor": "{:.4f}", "kid": "{:.4f}",
+    columns = {"method": "{}", "model": "{}", "dataset": "{}", "steps": "{:,.0f}", "density": "{:.1%}", "density_G": "{:.1%}",
+               "density_D": "{:.1%}", "metric": "{}", "value": "{:.4f}", "untrained": "{:.4f}", "floor": "{:.4f}", "kid": "{:.4f}",
+               "error": "{:.4f}",
                "balance_ratio": "{:.2f}", "kept": "{:,.0f}", "macs_relative": "{:.1%}", "training_macs_relative": "{:.1%}",
                "seconds": "{:,.0f}"}
-    titles = {"density_G": "G kept", "density_D": "D kept", "floor": "real v. real", "kid": "KID", "balance_ratio": "BR",
+    titles = {"density": "kept", "density_G": "G kept", "density_D": "D kept", "floor": "real v. real", "kid": "KID", "balance_ratio": "BR",
               "kept": "weights", "macs_relative": "MACs", "training_macs_relative": "train MACs"}
     groups = {}
     for run in summaries:
@@ -1874,17 +2586,16 @@ def table(summaries):
                 cell += " ± " + form.format(np.std(values, ddof=1))
             rows[-1].append(cell)
         rows[-1].append(str(len(runs)))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return aligned(rows)
 
 
 def load_model(path, device="cpu"):
-    """(networks, saved) from a model.pt: nn.ModuleDict in eval mode, G with its averaged weights, masked;
+    """(networks, saved) from a model.pt: nn.ModuleDict in eval mode, masked, a GAN's G with its averaged weights;
     and the file's dict of settings, masks and metrics. Runs no code from the file."""
     saved = load_torch(path, device)
     try:
         s = saved["settings"]
-        nets = build(s["model"], s["image_size"], s["channels"], s["width"], s["z"], 0).to(device)
+        nets = build(s["model"], s["image_size"], s["channels"], s["width"], s.get("z"), 0, s["classes"]).to(device)
         nets.load_state_dict(saved["weights"])
         assert {"dataset", "seed", "batch_size"} <= set(s), "settings that a run has are missing"
         apply_masks_(nets, {name: mask.float() for name, mask in saved["masks"].items()})
@@ -1894,7 +2605,7 @@ def load_model(path, device="cpu"):
 
 
 def run_evaluate(given):
-    """--evaluate DIR: the distance of a finished run's generator, with these features and images."""
+    """--evaluate DIR: a finished run measured again, a generator with these features and images."""
     if unread := set(given) - FOR_EVALUATE:
         raise ValueError(f"{flag(unread.pop())} is not read with --evaluate; "
                          f"{', '.join(map(flag, sorted(FOR_EVALUATE - {'evaluate'})))} are")
@@ -1905,7 +2616,14 @@ def run_evaluate(given):
     nets, saved = load_model(folder / "model.pt", device)
     s = {"data": "data", **EVALUATION, **saved["settings"], **given, "device": device}
     check_least(given)
-    result = (job_distance(load_job(s, nets, {})) or (lambda G: None))(nets["G"])
+    job = load_job(s, nets, {})
+    if "net" in nets:
+        return print(f"{folder}: accuracy {accuracy(nets['net'], job.held_out, job.held_out_labels):.4f} of {len(job.held_out):,} images")
+    if "encoder" in nets:
+        print(f"{folder}: held-out error {reconstruction_error(nets, job.held_out):.4f} of {len(job.held_out):,} images")
+    if s["model"] not in (*GANS, *VAES):
+        return
+    result = (job_distance(job) or (lambda G: None))(nets["G" if "G" in nets else "decoder"])
     if result is None:
         raise ValueError(f"{folder}: a distance needs 640 images; pass a larger --eval-images or --data")
     print(f"{folder}: {result['metric_name']} {result['metric']:.4f}, real against real {result['floor']:.4f}, KID {result['kid']:.5f}")
@@ -1933,9 +2651,9 @@ def run(given):
             pass
     if (folder / "summary.json").exists():
         print(f"{folder} is finished; --evaluate {folder} measures it again")
-        return print(table([read_json(folder / "summary.json")]))
+        return print_summary(read_json(folder / "summary.json"))
     nets = fresh_networks(s)
-    job = load_job(s, nets, start_masks(nets, start_densities(s), s["seed"]))
+    job = load_job(s, nets, start_masks(s, nets))
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         check_folder(folder, job.settings)                    # again: another process may have been here meanwhile
@@ -1947,8 +2665,14 @@ def run(given):
         elif (theirs := read_json(config).get("environment", {}).get("threads")) != threads:
             print(f"continuing with {threads} threads instead of {theirs}: the last bits of sums will differ")
         summary = METHODS[s["method"]](job)
-    print(f"model, samples and metrics are in {folder}")
+    print(f"model, metrics and pictures are in {folder}")
+    print_summary(summary)
+
+
+def print_summary(summary):
     print(table([summary]))
+    if "rounds" in summary:
+        print(round_table(summary))
 
 
 def main(argv=None):
