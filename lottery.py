@@ -315,7 +315,8 @@ MODELS = {
                          ema=0.999, z=128, clip=0.0, steps=100_000, batch_size=64),               # Wang et al. 2023
     "dcgan":        DCGAN,
     "wgan":         {**DCGAN, "objective": "wasserstein", "optimizer": "rmsprop", "lr": 5e-5, "betas": (0.0, 0.99),
-                     "n_critic": 5, "clip": 0.01, "steps": 100_000},                              # Arjovsky 2017
+                     "n_critic": 5, "clip": 0.01, "steps": 100_000,          # Arjovsky 2017. D's clipped weights are all
+                     "scope": "network"},                                    # small: in one pool with G's they would go first
     "resnet_dcgan": {**DCGAN, "z": 128},
     "linear_ae":    {**AE, "z": 3, "steps": 4_690},
     "ae":           AE,
@@ -325,6 +326,7 @@ MODELS = {
 }   # Kalibhat et al. 2021 train wgan, resnet_dcgan and resnet_vae but give no complete layer lists: reconstructions
 GANS = tuple(name for name, defaults in MODELS.items() if "n_critic" in defaults)
 VAES = ("vae", "resnet_vae")
+SAMPLED = (*GANS, *VAES)                        # have samples, and so a distance
 CLASSIFIERS = tuple(name for name, defaults in MODELS.items() if defaults is RESNET)
 
 
@@ -1068,7 +1070,7 @@ def train(nets, step_fn, steps, *, optimizers, start=0, masks=None, after_step=N
             row({})
         now = time.perf_counter()
         if end or now - shown > 10:
-            show(progress_line(step, steps, out["losses"], state.get("log", {}), (now - loop_began) / (step - first_step),
+            show(f"{name}: " + progress_line(step, steps, out["losses"], state.get("log", {}), (now - loop_began) / (step - first_step),
                                images_per_step))
             shown = now
         if folder and not end and now - checked >= checkpoint_s:
@@ -1202,11 +1204,16 @@ def iterative_magnitude_pruning(make_nets, train_fn, densities, *, rewind_step=0
 
     keep_theta(0)
     dense = train_fn("dense", nets, {}, 0, keep_theta, state)                                   # train
+    if "theta" not in state:
+        raise ValueError(f"train_fn never called after_step({rewind_step}, ...), so there is nothing to rewind to")
     theta, masks = state["theta"], {}
     yield Round(0, masks, theta, {"ticket": dense})
     for k, share in enumerate(densities, 1):
         weights = {name: w.detach().abs() for name, w in prunable_parameters(nets).items()
                    if prune is None or name.split(".")[0] in prune}
+        for name, score in weights.items():    # the largest survivor of a layer stays: under spectral norm an empty one is 0/0
+            alive = score if not masks else torch.where(masks[name] != 0, score, -1.0)
+            score[torch.unravel_index(alive.flatten().argmax(), score.shape)] = math.inf
         masks = prune_masks(weights, share, masks, scope)                                       # prune
         rewind_(nets, theta, masks)                                                             # rewind
         results = {"ticket": train_fn(f"round-{k:02}", nets, masks, rewind_step, None, {})}     # retrain
@@ -1234,28 +1241,30 @@ def train_controls(name, make_nets, train_fn, theta, masks, start, draw, seed):
 
 
 def round_densities(rate=0.2, rounds=None, density=None):
-    """[1 - rate, (1 - rate)^2, ...]: `rounds` of them, or down to `density`, the last one cut to it."""
-    if not 0 < rate < 1:
+    """[1 - rate, (1 - rate)^2, ...]: `rounds` of them, or with `density` down to it, the last one cut to it."""
+    if not 1e-6 <= rate < 1:
         raise ValueError(f"the prune rate is the share of survivors pruned per round, in (0, 1); got {rate}")
-    if density is None:
-        return [(1 - rate) ** k for k in range(1, rounds + 1)]
-    check_density(density)
-    whole = math.floor(math.log(density) / math.log(1 - rate) + 1e-9)       # .8 ** 3 is three rounds, not four
+    check_density((1 - rate) ** rounds if density is None else density, "density after the last round")
+    # 1e-9: .8 ** 3 is three rounds, not four
+    whole = rounds if density is None else math.floor(math.log(density) / math.log(1 - rate) + 1e-9)
+    if whole > 1000:
+        raise ValueError(f"{whole:,} rounds of pruning {rate} are too many; pass a larger prune rate, 0.2 in the papers")
     shares = [(1 - rate) ** k for k in range(1, whole + 1)]
-    return shares if shares and math.isclose(shares[-1], density) else [*shares, density]
+    return shares if density is None or shares and math.isclose(shares[-1], density) else [*shares, density]
 
 
-def verdict(dense, ticket, random=None, higher=False):
-    """"wins", "matches" or "no" for a ticket's metric beside the dense network's and its random control's.
+def verdict(dense, ticket, random=None, higher=False, within=None, margin=0.0):
+    """"wins", "matches" or "no" for a ticket's metric beside the dense network's and its random control's; "-" without one.
 
-    matches: at most 5 % worse than dense, or half a point of accuracy (`higher`). wins: matches, and better
-    than the random ticket. Kalibhat et al. 2021 have no rule; theirs is by eye over five runs. Without a
-    metric "-".
+    matches: worse than dense by at most `within` (None: 5 %, or half a point of accuracy, which is `higher` = better).
+    wins: matches, and better than the random ticket by more than `margin`. The papers judge by eye.
     """
     if dense is None or ticket is None:
         return "-"
-    matches = ticket >= dense - 0.005 if higher else ticket <= 1.05 * dense
-    wins = matches and random is not None and (ticket > random if higher else ticket < random)
+    better = 1 if higher else -1
+    within = (0.005 if higher else 0.05 * dense) if within is None else within
+    matches = better * (ticket - dense) >= -within - 1e-9
+    wins = matches and random is not None and better * (ticket - random) > margin
     return "wins" if wins else "matches" if matches else "no"
 
 
@@ -1279,8 +1288,12 @@ def load_ticket(path, device="cpu"):
     try:
         theta, masks, s = ticket["theta"], ticket["masks"], ticket["settings"]
         wrong = [name for name, m in masks.items() if m.dtype != torch.bool or m.shape != theta[name].shape]
-        if wrong or not masks or not {"model", "dataset", "rewind_step", "roles"} <= set(s) or "metrics" not in ticket:
-            raise ValueError(f"mask {wrong[0]} does not fit its weight" if wrong else "masks or settings are missing")
+        numbers = ("seed", "width", "image_size", "z", "steps", "batch_size", "lr", "n_critic", "beta", "rewind_step")
+        sound = (masks and {"round", "density", "metrics"} <= set(ticket) and isinstance(s["model"], str) and isinstance(s["dataset"], str)
+                 and isinstance(s["prune"], list) and all(isinstance(s.get(n), (int, float, type(None))) for n in numbers)
+                 and all(isinstance(value, torch.Tensor) for value in theta.values()))
+        if wrong or not sound:
+            raise ValueError(f"mask {wrong[0]} does not fit its weight" if wrong else "masks or settings are missing or odd")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is no ticket of this program: {first_line(error)}") from None
     return {**ticket, "masks": {name: mask.to(theta[name].dtype) for name, mask in masks.items()}}
@@ -1293,15 +1306,14 @@ def check_ticket(path, theta, masks, nets, roles):
         there, here = (tuple(part[name].shape) if name in part else "nothing" for part in (theta, own))
         if there != here:
             raise ValueError(f"the ticket {path} is of another network: {name} has {there} there and {here} here; "
-                             f"pass the --model, --width and --image-size that it was made with")
+                             f"pass the --width, --z, --image-size and --dataset that it was made with")
     wanted = {name for name in prunable_parameters(nets) if name.split(".")[0] in roles}
     if odd := sorted(wanted ^ set(masks)):
         raise ValueError(f"the ticket {path} has {'an unknown mask' if odd[0] in masks else 'no mask'} for {odd[0]} "
                          f"({len(odd)} of {len(wanted)} differ); make it again")
 
 
-KIN = {"G": ("G", "decoder"), "decoder": ("decoder", "G"), "D": ("D", "encoder"), "encoder": ("encoder", "D"),
-       "net": ("net",)}      # roles that are the same trunk, so that a ticket of one may be tried in the other
+KIN = {"G": ("G", "decoder"), "decoder": ("decoder", "G"), "D": ("D", "encoder"), "encoder": ("encoder", "D")}      # roles that may be the same trunk, so that a ticket of one can be tried in the other; any other is its own
 
 
 def transfer_ticket(theta, masks, target, roles=None):
@@ -1318,7 +1330,7 @@ def transfer_ticket(theta, masks, target, roles=None):
     new, new_masks, came, misfits = {name: value.clone() for name, value in target.items()}, {}, [], {}
     for name, value in target.items():
         role, _, rest = name.partition(".")
-        source = next((f"{kin}.{rest}" for kin in KIN[role] if f"{kin}.{rest}" in theta), None)
+        source = next((f"{kin}.{rest}" for kin in KIN.get(role, (role,)) if f"{kin}.{rest}" in theta), None)
         if source is None or (roles is not None and role not in roles):
             continue
         if theta[source].shape != value.shape:
@@ -1329,8 +1341,11 @@ def transfer_ticket(theta, masks, target, roles=None):
         if source in masks:
             new_masks[name] = masks[source].clone()
     for role in roles or sorted({name.split(".")[0] for name in target}):
-        if not any(name.startswith(f"{role}.") and value.dim() > 1 for name, value in ((n, new[n]) for n in came)):
-            raise ValueError(f"nothing of the ticket fits {role}: " + misfits.get(role, "no tensor has a name of its own"))
+        if not any(name.startswith(f"{role}.") and target[name].dim() > 1 for name in came):
+            raise ValueError(f"nothing of the ticket fits {role}: " + misfits.get(role, "no tensor has the name of one there")
+                             + "; receive with another network, or build the target at the ticket's width and image size")
+    if not new_masks:
+        raise ValueError(f"the ticket prunes nothing that {', '.join(roles or ['the target'])} can receive; receive with another network")
     return new, new_masks, came, [name for name in target if name not in came]
 
 
@@ -1667,7 +1682,8 @@ def feature_network(name, weights=None):
         if "net" not in nets:
             raise ValueError(f"--features {name} is a {saved['settings']['model']}; a classifier's model.pt is needed, "
                              f"{', '.join(CLASSIFIERS)}")
-        return ClassifierFeatures(nets["net"], *(saved["settings"][k] for k in ("model", "channels", "image_size")))
+        label = f"{saved['settings']['model']}.{hashlib.sha256(Path(name).read_bytes()).hexdigest()[:6]}"      # which one
+        return ClassifierFeatures(nets["net"], label, saved["settings"]["channels"], saved["settings"]["image_size"])
     try:
         return InceptionFeatures(torch.load(weights, map_location="cpu", weights_only=True) if weights is not None else
                                  torch.hub.load_state_dict_from_url(FID_WEIGHTS, map_location="cpu", check_hash=True,
@@ -1893,8 +1909,7 @@ READ_BY = {                         # flags that only some methods read; a flag 
 }
 READ_BY_MODEL = {                   # and by some models
     "density_D": GANS, "n_critic": GANS, "ratio_every": GANS, "beta": VAES,
-    "z": tuple(m for m in MODELS if m not in CLASSIFIERS), "features": (*GANS, *VAES), "inception_weights": (*GANS, *VAES),
-    "eval_images": (*GANS, *VAES),
+    "z": tuple(m for m in MODELS if m not in CLASSIFIERS), "features": SAMPLED, "inception_weights": SAMPLED, "eval_images": SAMPLED,
 }
 FOR_EVALUATE = {"evaluate", "device", "data", *EVALUATION}
 NOT_IDENTITY = {"device", "out", "data", "checkpoint_s", "environment", "given", *EVALUATION}
@@ -1920,7 +1935,7 @@ def parse(argv):
     add("--out", help="run folder (default runs/METHOD-MODEL-DATASET-SEED)")
     add = parser.add_argument_group("data and training").add_argument
     add("--data", help="folder that holds the data sets (default data)")
-    add("--image-size", type=int, help="32, 48 or 64 pixels (default by data set; celeba and folders 64)")
+    add("--image-size", type=int, help="32, 48 or 64 pixels, linear_ae and classifiers 8 to 1024 (default by data set; celeba and folders 64)")
     add("--z", type=int, help="size of the latent vector (default by model)")
     add("--beta", type=float, help="vae, resnet_vae: weight of the KL term (default 1)")
     add("--n-critic", type=int, help="steps of D per step of G (default by model)")
@@ -1972,10 +1987,10 @@ def resolve(given):
     choose("model", model, MODELS)
     if method in ("sdst", "ddst") and model not in GANS:
         raise ValueError(f"--method {method} trains GANs, {', '.join(GANS)}; got --model {model}")
-    for reads, what, ours in ((READ_BY, method, "method"), (READ_BY_MODEL, model, "model")):
-        for name, readers in reads.items():
-            if name in given and what not in readers:
-                raise ValueError(f"{flag(name)} is not read by {what}; it is read by {', '.join(readers)}")
+    if method == "transfer" and model in CLASSIFIERS:
+        raise ValueError(f"--method transfer goes between GANs and autoencoders; got --model {model}")
+    check_read(given, READ_BY, method)
+    check_read(given, READ_BY_MODEL, model)
     for name, unread, goes_with in (("inception_weights", given.get("features") != "inception", "--features inception"),
                                     ("data", dataset == "shapes", "every --dataset but shapes"),
                                     ("grow", method == "sdst" and given.get("update_every") == 0, "--update-every above 0"),
@@ -2000,8 +2015,7 @@ def resolve(given):
     if method in ("imp", "ticket") and not 0 <= s["rewind_step"] < s["steps"]:
         raise ValueError(f"the rewind step {s['rewind_step']} is not before the last of {s['steps']} steps; "
                          f"pass a smaller --rewind-step or more --steps")
-    if "prune" not in given and not set(s.get("prune", "-")) <= set(s["roles"]):         # not given, or of another model's ticket
-        s["prune"] = s["roles"]
+    s.setdefault("prune", s["roles"])
     for role in s["prune"]:
         choose("prune", role, s["roles"])
     # `strict` (D may never be dense) only changes D's interval; the paper has both variants.
@@ -2034,7 +2048,7 @@ def resolve(given):
         raise ValueError(f"D starts with {s['density_D']} of its weights, above --max-density-D {s['max_density_D']}; "
                          f"pass a smaller --density-D or a larger --max-density-D")
     kept_by_ticket = {"rewind_step", "prune"} if method == "ticket" else set()
-    for reads, what in ((READ_BY, method), (READ_BY_MODEL, model)):          # what is not read is no setting of the run
+    for reads, what in ((READ_BY, method), (READ_BY_MODEL, model)):              # what is not read is no setting of the run
         for name, readers in reads.items():
             if what not in readers and name not in {*EVALUATION, *kept_by_ticket}:
                 s[name] = None
@@ -2052,12 +2066,15 @@ def inherited(given, method):
         raise ValueError(f"--method {method} needs --ticket, a ticket file or the folder of a finished imp run")
     path = Path(given["ticket"])
     if path.is_dir():
-        if not (path / "summary.json").exists() or not (chosen := read_json(path / "summary.json").get("ticket")):
+        chosen = read_json(path / "summary.json").get("ticket") if (path / "summary.json").exists() else None
+        if not isinstance(chosen, str):
             raise ValueError(f"--ticket {path} is no folder of a finished imp run; name one, or a ticket-NN.pt in it")
         path = path / chosen
     if not path.is_file():
         raise ValueError(f"--ticket {path}: no such file; name a ticket-NN.pt or the folder of a finished imp run")
     s = load_ticket(path)["settings"]
+    if method == "ticket" and given.get("model", s["model"]) != s["model"]:
+        raise ValueError(f"--ticket {path} is of a {s['model']}; --model {given['model']} takes it by --method transfer")
     names = ["dataset", "seed", "width", "image_size"]
     if method == "ticket":
         names += ["model", "z", "steps", "batch_size", "lr", "n_critic", "beta", "rewind_step", "prune"]
@@ -2067,6 +2084,13 @@ def inherited(given, method):
         names += ["z"]
     return {**{name: s[name] for name in names if s.get(name) is not None}, "ticket_file": str(path),
             "ticket_sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
+
+
+def check_read(given, readers, what):
+    """ValueError for a flag that the method or model `what` does not read."""
+    for name, who in readers.items():
+        if name in given and what not in who:
+            raise ValueError(f"{flag(name)} is not read by {what}; it is read by {', '.join(who)}")
 
 
 def check_least(s):
@@ -2122,8 +2146,10 @@ def check_folder(folder, settings):
     theirs = read_json(folder / "config.json")
     # The number of images is known only once they are loaded: the first of the two calls in `run` leaves it out.
     ours = json.loads(json.dumps({"data_images": theirs.get("data_images"), **settings}))
+    # Trainings that are compared must be measured alike.
+    free = NOT_IDENTITY - (set(EVALUATION) if settings["method"] == "imp" or settings["controls"] else set())
     differ = [f"{n} {theirs.get(n)} there, {ours.get(n)} here" for n in sorted(theirs.keys() | ours.keys())
-              if n not in NOT_IDENTITY and theirs.get(n) != ours.get(n)]
+              if n not in free and theirs.get(n) != ours.get(n)]
     if differ:
         raise ValueError(f"--out {folder} holds another run: {'; '.join(differ)}. Name another --out")
     for path in (folder / "last.pt", *folder.glob("done-*.pt")):          # a damaged one is better said before the data load
@@ -2175,6 +2201,8 @@ def load_job(s, nets, masks):
     if len(images) < s["batch_size"]:
         raise ValueError(f"a batch of {s['batch_size']} is larger than the {len(images)} training images; "
                          f"pass a smaller --batch-size")
+    if s["roles"][0] == "encoder" and not len(held_out):
+        raise ValueError(f"{s['dataset']} has {len(images)} images, of which none is held out to measure the error on; 10 are needed")
     if device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
     return Job({**s, "data_images": len(images)}, images, labels, held_out, truth, network, nets, masks)
@@ -2234,6 +2262,8 @@ def fitter(job):
 
     def fit(name, nets, masks, start=0, also=None, state=None):
         state, optimizers, ema = {} if state is None else state, make_optimizers(nets, s), nn.ModuleDict()
+        if empty := [weight for weight, mask in masks.items() if not mask.any()]:
+            print(f"{name}: no weight is left in {', '.join(empty)}", flush=True)
         if s.get("ema"):
             ema["G"] = copy.deepcopy(nets["G"]).requires_grad_(False)
         if gan:
@@ -2243,6 +2273,11 @@ def fitter(job):
         else:
             state.setdefault("history", [[start, {n: int(torch.count_nonzero(m)) for n, m in masks.items()}, []]])
             state.setdefault("log", role_densities(nets, masks))
+
+        def evaluate(step):
+            use = for_use(s, nets, ema)
+            draw_pictures(job, use)
+            return measure(use)
 
         def after_step(step, out):
             if gan:
@@ -2254,7 +2289,7 @@ def fitter(job):
 
         done = train(nets, step_function(s, job.images, job.labels, nets, optimizers, masks), s["steps"], optimizers=optimizers,
                      start=start, masks=masks, after_step=after_step, state=state, ema=ema, ema_longest=s.get("ema"),
-                     evaluate=lambda step: measure(for_use(s, nets, ema)), eval_every=s["eval_every"], folder=folder, name=name,
+                     evaluate=evaluate, eval_every=s["eval_every"], folder=folder, name=name,
                      checkpoint_s=s["checkpoint_s"], images_per_step=s["batch_size"] * (s.get("n_critic") or 1))
         return Fit(nets, ema, masks, state, done)
 
@@ -2270,26 +2305,32 @@ def for_use(s, nets, ema):
 
 
 def measurement(job):
-    """-> (networks for use) -> {column: number}: the metric that decides, and what stands beside it. Writes the pictures."""
-    s, folder = job.settings, Path(job.settings["out"])
-    distance = (job_distance(job) or (lambda G: {})) if s["model"] in (*GANS, *VAES) else None
+    """-> (networks for use) -> {column: number}: the metric that decides, and what stands beside it."""
+    s = job.settings
+    distance = (job_distance(job) or (lambda G: {})) if s["model"] in SAMPLED else None
 
     def measure(nets):
         if "net" in nets:
             return {"metric_name": "accuracy", "metric": accuracy(nets["net"], job.held_out, job.held_out_labels)}
-        numbers, generator = {}, nets["G" if "G" in nets else "decoder"]
+        numbers = {}
         if "encoder" in nets:
             error = reconstruction_error(nets, job.held_out)
             numbers = {"metric_name": "held-out error", "metric": error} if distance is None else {"error": error}
-            seen = job.held_out[:32].cpu()
-            pairs = zip(seen.split(8), to_uint8(reconstruct(nets, seen)).split(8))            # a row, and below it what came back
-            save_grid(folder / "reconstructions.png", torch.cat([image for pair in pairs for image in pair]))
-        if distance:
-            save_grid(folder / "samples.png", sample_images(generator, 64, s["seed"]))
-            numbers |= distance(generator)
-        return numbers
+        return numbers | (distance(nets["G" if "G" in nets else "decoder"]) if distance else {})
 
     return measure
+
+
+def draw_pictures(job, nets):
+    """samples.png of what draws from latents; reconstructions.png of what reconstructs, a row of eight held-out
+    images and below it what came back."""
+    s, folder = job.settings, Path(job.settings["out"])
+    if s["model"] in SAMPLED:
+        save_grid(folder / "samples.png", sample_images(nets["G" if "G" in nets else "decoder"], 64, s["seed"]))
+    if "encoder" in nets:
+        seen = job.held_out[:32].cpu()
+        pairs = zip(seen.split(8), to_uint8(reconstruct(nets, seen)).split(8))
+        save_grid(folder / "reconstructions.png", torch.cat([images for pair in pairs for images in pair]))
 
 
 def train_once(job):
@@ -2300,15 +2341,13 @@ def train_once(job):
     return finish(job, fitter(job)(job.settings["method"], job.nets, job.masks))
 
 
-def finish(job, fit, trainings=None, **more):
-    """Leave model.pt, pictures of its weights and summary.json; returns the summary. `trainings`: every Fit that
-    its MACs are the cost of."""
+def finish(job, fit, histories=None, first=None, **more):
+    """Leave model.pt, pictures of its weights and summary.json; returns the summary. histories and first as
+    of `summarise`, when there were more trainings than this one."""
     s, folder, use = job.settings, Path(job.settings["out"]), for_use(job.settings, fit.nets, fit.ema)
-    summary = {**summarise(s, fit, trainings or [fit]), **more}
-    if trainings:
-        measurement(job)(use)                                 # the pictures are of the last training that was measured
-    weights = {f"{role}.{name}": value for role, net in use.items() for name, value in net.state_dict().items()}
-    save_torch(folder / "model.pt", {"format": 1, "weights": weights, "settings": identity(s), "masks": to_bool(fit.masks),
+    summary = {**summarise(s, fit, histories or [fit.state["history"]], first or fit.done.rows[0]), **more}
+    draw_pictures(job, use)                                   # those of another training may stand there
+    save_torch(folder / "model.pt", {"format": 1, "weights": use.state_dict(), "settings": identity(s), "masks": to_bool(fit.masks),
                                      "metrics": {k: summary[k] for k in ("metric", "value", "floor", "kid")}})
     write_json(folder / "summary.json", summary)
     return summary
@@ -2321,34 +2360,36 @@ def identity(s):
 
 def train_imp(job):
     """imp: tickets by iterative magnitude pruning, a file per round, and the table that says which of them win."""
-    s, folder, fits = job.settings, Path(job.settings["out"]), []
+    s, folder, fit, rows, histories, seconds = job.settings, Path(job.settings["out"]), fitter(job), [], [], 0.0
     print_header(job)
     shares = round_densities(s["prune_rate"], s["rounds"], s["density"])
     print(f"  {len(shares)} rounds to {100 * shares[-1]:.2f}% of {', '.join(s['prune'])}, {s['scope']} pool, rewound to step "
           f"{s['rewind_step']}" + (", each with two controls" if s["controls"] else ""))
     estimate(job, 1 + len(shares) * (3 if s["controls"] else 1))
-    rows = []
-    for round_ in iterative_magnitude_pruning(functools.partial(fresh_networks, s), fitter(job), shares, prune=s["prune"],
-                                              rewind_step=s["rewind_step"], scope=s["scope"], controls=s["controls"], seed=s["seed"]):
-        fit = round_.results["ticket"]
-        fits.append(fit._replace(nets=None, ema=None, masks=dict(round_.masks)))
-        metrics = {name: result.metric for name, result in round_.results.items()}
-        if round_.number == 0:
-            dense = metrics["ticket"]
-            continue
-        row = {"round": round_.number, "density": density(round_.masks), **role_densities(fit.nets, round_.masks), "dense": dense,
-               **metrics, "verdict": verdict(dense, metrics["ticket"], metrics.get("random"), higher=s["model"] in CLASSIFIERS)}
-        rows.append(row)
-        save_ticket(folder / f"ticket-{round_.number:02}.pt", round_.theta, round_.masks, identity(s), round_.number, row)
-        empty = [name for name, mask in round_.masks.items() if not mask.any()]
-        print(f"round {round_.number}: {100 * row['density']:.2f}% kept, " + ", ".join(
-            f"{name} {value:.4f}" for name, value in metrics.items() if value is not None) + f", dense {dense or math.nan:.4f}: "
-            f"{row['verdict']}" + (f"; no weight is left in {', '.join(empty)}" if empty else ""), flush=True)
+    try:
+        for round_ in iterative_magnitude_pruning(functools.partial(fresh_networks, s), fit, shares, rewind_step=s["rewind_step"],
+                                                  scope=s["scope"], prune=s["prune"], controls=s["controls"], seed=s["seed"]):
+            ticket, metrics = round_.results["ticket"], {name: result.metric for name, result in round_.results.items()}
+            histories.append(ticket.state["history"])
+            seconds += ticket.done.seconds
+            if round_.number == 0:
+                first, dense = ticket.done.rows[0], metrics["ticket"]
+                continue
+            rows.append({"round": round_.number, "density": density(round_.masks), **role_densities(ticket.nets, round_.masks),
+                         "dense": dense, **metrics, "verdict": verdict(dense, metrics["ticket"], metrics.get("random"),
+                                                                       higher=s["model"] in CLASSIFIERS)})
+            save_ticket(folder / f"ticket-{round_.number:02}.pt", round_.theta, round_.masks, identity(s), round_.number, rows[-1])
+            print(f"round {round_.number}: {100 * rows[-1]['density']:.2f}% kept, " + "".join(
+                f"{name} {value:.4f}, " for name, value in {**metrics, "dense": dense}.items() if value is not None) + rows[-1]["verdict"], flush=True)
+    except FloatingPointError as error:
+        if not rows:
+            raise
+        print(f"no further round: {error}", flush=True)
     number = 1 + choose_round([row["verdict"] for row in rows])
-    nets, masks = fresh_networks(s), fits[number].masks
-    chosen = fitter(job)(f"round-{number:02}", nets, masks, s["rewind_step"], None, {})        # done: comes back at once
-    draw_curve(folder / "curve.png", rows, fits[-1].done.rows[-1].get("metric_name"))
-    return finish(job, chosen, fits, ticket=f"ticket-{number:02}.pt", rounds=rows, seconds=sum(f.done.seconds for f in fits))
+    nets, masks = fresh_networks(s), load_ticket(folder / f"ticket-{number:02}.pt", s["device"])["masks"]
+    chosen = fit(f"round-{number:02}", nets, masks, s["rewind_step"])                 # done: comes back at once
+    draw_curve(folder / "curve.png", rows, chosen.done.rows[-1].get("metric_name"))
+    return finish(job, chosen, histories, first, ticket=f"ticket-{number:02}.pt", rounds=rows, seconds=round(seconds, 1))
 
 
 def open_ticket(s, nets):
@@ -2362,7 +2403,9 @@ def open_ticket(s, nets):
     else:
         theta, masks, came, fresh = transfer_ticket(theta, masks, nets.state_dict(), s["prune"])
         what = f"{len(came)} tensors come over: {', '.join(came)}; fresh and dense: {', '.join(fresh) or 'none'}"
-    return theta, masks, f"  ticket {path}: round {ticket['round']} of a {made['model']} on {made['dataset']}, {what}"
+    metrics = ticket["metrics"] if isinstance(ticket["metrics"], dict) else {}
+    return theta, masks, (f"  ticket {path}: round {ticket['round']} of a {made['model']} on {made['dataset']}, "
+                          f"{100 * ticket['density']:.2f}% kept, verdict {metrics.get('verdict', '-')}; {what}")
 
 
 def train_ticket(job):
@@ -2379,7 +2422,7 @@ def train_ticket(job):
         controls = train_controls(s["method"], functools.partial(fresh_networks, s), fit, theta, masks, start, 1, s["seed"])
         more["rounds"] = [{"round": 0, "density": density(masks), **role_densities(job.nets, masks), "dense": None,
                            "ticket": done.metric, **{name: control.metric for name, control in controls.items()}, "verdict": "-"}]
-    return finish(job, done, [done] if more else None, **more)
+    return finish(job, done, **more)
 
 
 METHODS = {**dict.fromkeys(("dense", "static", "sdst", "ddst"), train_once), "imp": train_imp, "ticket": train_ticket,
@@ -2439,9 +2482,9 @@ def estimate(job, trainings=1):
           f"evaluations aside", flush=True)
     if total < 6 * 3600:
         return
-    fits = {name: min(s[name], most) for name, most in CPU_SIZE.items() if s.get(name)}
+    fits = {name: min(s[name], most) for name, most in CPU_SIZE.items() if s.get(name) and not (name == "width" and "ticket" in s["given"])}
     step_s = seconds_per_step({**s, **fits}, job, {})
-    steps = min(s["steps"], max(100, round(1200 / step_s / trainings, -2)))       # what fits into 20 minutes
+    steps = min(s["steps"], max(100, 2 * (s["rewind_step"] or 0), round(1200 / step_s / trainings, -2)))      # what fits into 20 minutes
     flags = {**s["given"], "method": s["method"], "dataset": s["dataset"], "steps": int(steps), "out": f"{s['out']}-small", **fits}
     words = [word for name, value in flags.items() if value is not False for word in
              (flag(name), *(map(str, value) if isinstance(value, list) else [] if value is True else [str(value)]))]
@@ -2511,8 +2554,9 @@ def draw_curve(path, rows, title):
     pyplot.close(figure)
 
 
-def summarise(s, fit, trainings):
-    """The row of --table as a dict; None where something does not apply. `trainings`: the Fits that its MACs add up."""
+def summarise(s, fit, histories, first):
+    """The row of --table as a dict; None where something does not apply. histories: of the trainings whose MACs
+    add up; first: the first row of the first of them, untrained if that is of step 0."""
     nets, masks, state, done = fit.nets, fit.masks, fit.state, fit.done
     sizes = {name: w.numel() for name, w in prunable_parameters(nets).items()}
     counts = {**sizes, **{name: int(torch.count_nonzero(mask)) for name, mask in masks.items()}}
@@ -2524,16 +2568,17 @@ def summarise(s, fit, trainings):
         """MACs of the trainings over those of one dense training, balance ratios aside there."""
         common = dict(steps=done.step, positions=positions, sizes=sizes, batch_size=s["batch_size"])
         if not gan:
-            return sum(training_macs(f.state["history"], **common) for f in trainings) / training_macs([[0, {}, []]], **common)
+            return sum(training_macs(history, **common) for history in histories) / training_macs([[0, {}, []]], **common)
         common |= dict(n_critic=s["n_critic"], g_batch=s["batch_size"] * s["g_batches"])
-        spent = sum(gan_training_macs(f.state["history"], **common, **how) for f in trainings)
+        spent = sum(gan_training_macs(history, **common, **how) for history in histories)
         return spent / gan_training_macs([[0, {}, []]], **common, paper=how.get("paper", False))
 
-    first, last, ratio = done.rows[0], done.rows[-1], state["log"].get("balance_ratio", math.nan)
+    last, ratio = done.rows[-1], state["log"].get("balance_ratio", math.nan)
+    untrained = first["step"] == 0 and s["method"] != "transfer" and first.get("metric_name") == last.get("metric_name")
     return {**{name: s[name] for name in ("method", "model", "dataset", "seed", "width", "batch_size")}, "steps": done.step,
             "density": sum(counts.values()) / sum(sizes.values()), "density_G": None, "density_D": None, **role_densities(nets, masks),
             "metric": last.get("metric_name"), "value": last.get("metric"),
-            "untrained": first.get("metric") if first.get("metric_name") == last.get("metric_name") else None,
+            "untrained": first.get("metric") if untrained else None,
             "floor": last.get("floor"), "kid": last.get("kid"), "error": last.get("error"),
             "balance_ratio": ratio if math.isfinite(ratio) else None,                 # JSON has no inf
             "parameters": parameters, "kept": parameters - sum(sizes.values()) + sum(counts.values()),
@@ -2550,42 +2595,50 @@ def aligned(rows):
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in zip(*columns))
 
 
-def round_table(summary):
-    """The rounds of an imp run, or the controls of a ticket, as text."""
-    rows = summary["rounds"]
-    shares = [key for key in rows[0] if key.startswith("density_")]
+def mean_sd(values, form):
+    """A cell of a table: the text, or the mean of the numbers, ± their standard deviation if they differ; "-" for none."""
+    values = [value for value in values if value is not None]
+    if not values or isinstance(values[0], str):
+        return values[0] if values else "-"
+    return form.format(np.mean(values)) + (" ± " + form.format(np.std(values, ddof=1)) if np.std(values) > 0 else "")
+
+
+def round_table(runs):
+    """The rounds of imp runs that differ in the seed alone, or the controls of a ticket, as text. Several seeds: mean ± sd,
+    and a ticket matches within one sd of dense, and wins by more than its own and the random ticket's sd together."""
+    shares = [key for key in runs[0]["rounds"][0] if key.startswith("density_")]
     lines = [["round", "sparsity", *(f"{key.removeprefix('density_')} kept" for key in shares), "dense",
               "ticket", "random ticket", "shuffled mask", "verdict"]]
-    for row in rows:
-        metrics = ["-" if row.get(key) is None else f"{row[key]:.4f}" for key in ("dense", "ticket", "random", "shuffled")]
-        lines.append([str(row["round"]), f"{1 - row['density']:.2%}", *(f"{row[key]:.2%}" for key in shares), *metrics, row["verdict"]])
-    return f"{summary['metric'] or 'no metric'}, seed {summary['seed']}\n{aligned(lines)}"
+    for rows in zip(*(run["rounds"] for run in runs)):
+        values = {key: [row[key] for row in rows if row.get(key) is not None] for key in ("dense", "ticket", "random", "shuffled")}
+        mean, sd = ({key: f(part) if part else None for key, part in values.items()} for f in (np.mean, np.std))
+        word = rows[0]["verdict"] if len(rows) == 1 else verdict(
+            mean["dense"], mean["ticket"], mean["random"], runs[0]["metric"] == "accuracy", sd["dense"], sd["ticket"] + (sd["random"] or 0))
+        lines.append([str(rows[0]["round"]), f"{1 - rows[0]['density']:.2%}", *(mean_sd([row[key] for row in rows], "{:.2%}") for key in shares),
+                      *(mean_sd(part, "{:.4f}") for part in values.values()), word])
+    return f"{runs[0]['metric'] or 'no metric'}, seed {', '.join(str(run['seed']) for run in runs)}\n{aligned(lines)}"
+
+
+COLUMNS = {"method": ("method", ""), "model": ("model", ""), "dataset": ("dataset", ""), "steps": ("steps", "{:,.0f}"), "density": ("kept", "{:.1%}"),
+           "density_G": ("G kept", "{:.1%}"), "density_D": ("D kept", "{:.1%}"), "metric": ("metric", ""), "value": ("value", "{:.4f}"),
+           "untrained": ("untrained", "{:.4f}"), "floor": ("real v. real", "{:.4f}"), "kid": ("KID", "{:.4f}"), "error": ("error", "{:.4f}"),
+           "balance_ratio": ("BR", "{:.2f}"), "kept": ("weights", "{:,.0f}"), "macs_relative": ("MACs", "{:.1%}"),
+           "training_macs_relative": ("train MACs", "{:.1%}"), "seconds": ("seconds", "{:,.0f}")}
+
+
+def same_but_seed(summaries):
+    """Lists of the runs that differ only in the seed."""
+    groups = {}
+    for run in summaries:
+        groups.setdefault(tuple(str(run.get(key)) for key in ("settings", "method", "steps", "metric")), []).append(run)
+    return list(groups.values())
 
 
 def table(summaries):
     """Runs side by side as text; runs that differ only in the seed are one row, mean ± sd."""
-    columns = {"method": "{}", "model": "{}", "dataset": "{}", "steps": "{:,.0f}", "density": "{:.1%}", "density_G": "{:.1%}",
-               "density_D": "{:.1%}", "metric": "{}", "value": "{:.4f}", "untrained": "{:.4f}", "floor": "{:.4f}", "kid": "{:.4f}",
-               "error": "{:.4f}",
-               "balance_ratio": "{:.2f}", "kept": "{:,.0f}", "macs_relative": "{:.1%}", "training_macs_relative": "{:.1%}",
-               "seconds": "{:,.0f}"}
-    titles = {"density": "kept", "density_G": "G kept", "density_D": "D kept", "floor": "real v. real", "kid": "KID", "balance_ratio": "BR",
-              "kept": "weights", "macs_relative": "MACs", "training_macs_relative": "train MACs"}
-    groups = {}
-    for run in summaries:
-        same = ("method", "model", "dataset", "steps", "metric", "width", "batch_size", "settings")
-        groups.setdefault(tuple(str(run.get(key)) for key in same), []).append(run)
-    rows = [[*(titles.get(key, key) for key in columns), "seeds"]]
-    for runs in groups.values():
-        rows.append([])
-        for key, form in columns.items():
-            values = [run[key] for run in runs if run.get(key) is not None]
-            number = values and not isinstance(values[0], str)
-            cell = form.format(np.mean(values)) if number else values[0] if values else "-"
-            if number and np.std(values) > 0:
-                cell += " ± " + form.format(np.std(values, ddof=1))
-            rows[-1].append(cell)
-        rows[-1].append(str(len(runs)))
+    rows = [[*(title for title, _ in COLUMNS.values()), "seeds"]]
+    for runs in same_but_seed(summaries):
+        rows.append([*(mean_sd([run.get(key) for run in runs], form) for key, (_, form) in COLUMNS.items()), str(len(runs))])
     return aligned(rows)
 
 
@@ -2595,7 +2648,7 @@ def load_model(path, device="cpu"):
     saved = load_torch(path, device)
     try:
         s = saved["settings"]
-        nets = build(s["model"], s["image_size"], s["channels"], s["width"], s.get("z"), 0, s["classes"]).to(device)
+        nets = build(s["model"], s["image_size"], s["channels"], s["width"], s.get("z"), 0, s.get("classes") or 10).to(device)
         nets.load_state_dict(saved["weights"])
         assert {"dataset", "seed", "batch_size"} <= set(s), "settings that a run has are missing"
         apply_masks_(nets, {name: mask.float() for name, mask in saved["masks"].items()})
@@ -2614,19 +2667,14 @@ def run_evaluate(given):
         raise ValueError(f"no finished run in {folder}: it has no model.pt; name a run folder whose training has ended")
     device = str(pick_device(given.get("device")))
     nets, saved = load_model(folder / "model.pt", device)
+    check_read(given, READ_BY_MODEL, saved["settings"]["model"])
     s = {"data": "data", **EVALUATION, **saved["settings"], **given, "device": device}
     check_least(given)
-    job = load_job(s, nets, {})
-    if "net" in nets:
-        return print(f"{folder}: accuracy {accuracy(nets['net'], job.held_out, job.held_out_labels):.4f} of {len(job.held_out):,} images")
-    if "encoder" in nets:
-        print(f"{folder}: held-out error {reconstruction_error(nets, job.held_out):.4f} of {len(job.held_out):,} images")
-    if s["model"] not in (*GANS, *VAES):
-        return
-    result = (job_distance(job) or (lambda G: None))(nets["G" if "G" in nets else "decoder"])
-    if result is None:
+    numbers = measurement(load_job(s, nets, {}))(nets)
+    if numbers.get("metric") is None:
         raise ValueError(f"{folder}: a distance needs 640 images; pass a larger --eval-images or --data")
-    print(f"{folder}: {result['metric_name']} {result['metric']:.4f}, real against real {result['floor']:.4f}, KID {result['kid']:.5f}")
+    print(f"{folder}: {numbers['metric_name']} {numbers['metric']:.4f}" + "".join(f", {title} {numbers[key]:.4f}" for key, title in (
+        ("floor", "real against real"), ("kid", "KID"), ("error", "held-out error")) if key in numbers))
 
 
 def run_table(folders):
@@ -2635,10 +2683,10 @@ def run_table(folders):
     for folder in map(Path, folders):
         if not (folder / "summary.json").exists():
             raise ValueError(f"no finished run in {folder}: it has no summary.json")
-        # Runs are of one row when nothing but the seed differs.
-        config = {k: v for k, v in read_json(folder / "config.json").items() if k not in NOT_IDENTITY | {"seed"}}
+        # Runs are of one row when nothing but the seed differs, and with it the ticket that they came from.
+        config = {k: v for k, v in read_json(folder / "config.json").items() if k not in NOT_IDENTITY | {"seed"} and not k.startswith("ticket")}
         summaries.append({**read_json(folder / "summary.json"), "settings": json.dumps(config, sort_keys=True)})
-    print(table(summaries))
+    print_summaries(summaries)
 
 
 def run(given):
@@ -2651,7 +2699,7 @@ def run(given):
             pass
     if (folder / "summary.json").exists():
         print(f"{folder} is finished; --evaluate {folder} measures it again")
-        return print_summary(read_json(folder / "summary.json"))
+        return print_summaries([read_json(folder / "summary.json")])
     nets = fresh_networks(s)
     job = load_job(s, nets, start_masks(s, nets))
     folder.mkdir(parents=True, exist_ok=True)
@@ -2666,13 +2714,15 @@ def run(given):
             print(f"continuing with {threads} threads instead of {theirs}: the last bits of sums will differ")
         summary = METHODS[s["method"]](job)
     print(f"model, metrics and pictures are in {folder}")
-    print_summary(summary)
+    print_summaries([summary])
 
 
-def print_summary(summary):
-    print(table([summary]))
-    if "rounds" in summary:
-        print(round_table(summary))
+def print_summaries(summaries):
+    """The table, and below it the rounds of those that have some."""
+    try:
+        print("\n".join([table(summaries), *(round_table(runs) for runs in same_but_seed(summaries) if "rounds" in runs[0])]))
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"a summary.json is damaged ({first_line(error)}); restore a copy, or delete it and run that again") from None
 
 
 def main(argv=None):

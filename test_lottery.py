@@ -776,6 +776,27 @@ def test_twenty_rounds_have_exact_nested_counts_and_rewind_every_weight_and_buff
         assert same(r.masks, rounds[r.number].masks)                                 # a control's result feeds no mask
 
 
+def test_the_largest_survivor_of_a_layer_stays_so_that_none_dies_and_spectral_norm_has_something_to_divide():
+    def make(draw):
+        nets = L.build("sngan", width=0.05, draw=draw)
+        with torch.no_grad():
+            nets["D"].get_parameter("blocks.1.conv1.parametrizations.weight.original").mul_(1e-6)
+        return nets
+    total = sum(w.numel() for w in L.prunable_parameters(make(0)).values())
+    for r in L.iterative_magnitude_pruning(make, lambda name, nets, masks, start, after_step, state: None, [0.3, 0.05]):
+        assert L.kept(r.masks) in (0, round(0.3 * total), round(0.05 * total))
+        assert all(bool(m.any()) for m in r.masks.values())
+    assert int(r.masks["D.blocks.1.conv1.parametrizations.weight.original"].sum()) == 1
+    nets = make(0)
+    L.apply_masks_(nets, r.masks)
+    assert bool(torch.isfinite(nets["D"](torch.randn(2, 3, 32, 32))).all())
+
+
+def test_a_training_function_that_never_calls_after_step_is_told_so():
+    with pytest.raises(ValueError, match="never called after_step"):
+        list(L.iterative_magnitude_pruning(own_network, lambda *args: None, [0.5], rewind_step=3))
+
+
 def test_rewinding_to_step_zero_takes_the_initial_weights_and_the_ranking_is_of_trained_ones():
     log = {}
     rounds = list(L.iterative_magnitude_pruning(own_network, scripted(log), [0.5], rewind_step=0))
@@ -816,15 +837,19 @@ def test_rounds_go_down_to_the_density_and_the_last_is_cut_to_it():
     assert L.round_densities(0.2, density=0.512) == pytest.approx([0.8, 0.64, 0.512])
     assert L.round_densities(0.5, density=0.9) == [0.9] and L.round_densities(0.5, density=1.0) == [1.0]
     assert len(L.round_densities(0.2, density=0.8 ** 20)) == 20
-    for rate in (0, 1, math.nan):
+    for more, rate in (({"rounds": 3}, 0), ({"rounds": 3}, 1), ({"rounds": 3}, math.nan), ({"density": 0.5}, 1e-17), ({"density": 0.5}, 1e-5)):
         with pytest.raises(ValueError, match="prune rate"):
-            L.round_densities(rate, rounds=3)
+            L.round_densities(rate, **more)
+    with pytest.raises(ValueError, match="density after the last round"):
+        L.round_densities(0.9, rounds=400)
 
 
 def test_verdicts_by_hand_and_the_round_that_is_chosen():
     assert [L.verdict(1.0, t, r) for t, r in ((1.05, 1.2), (1.05, 1.04), (1.06, 2.0), (0.9, None), (None, 1))] == ["wins", "matches", "no", "matches", "-"]
     assert [L.verdict(0.9, t, r, higher=True) for t, r in ((0.8951, 0.5), (0.894, 0.5), (0.95, 0.96))] == ["wins", "no", "matches"]
     assert L.verdict(None, 1.0) == "-"
+    assert [L.verdict(1.0, t, 1.3, within=0.1, margin=0.2) for t in (1.05, 1.15, 1.099)] == ["wins", "no", "wins"]
+    assert L.verdict(1.0, 1.1, 1.29, within=0.2, margin=0.2) == "matches"
     assert [L.choose_round(v) for v in (["wins", "wins", "no"], ["matches", "wins", "matches"], ["matches", "no"], ["no", "no", "no"])] == [1, 1, 0, 2]
 
 
@@ -852,7 +877,8 @@ def test_a_ticket_file_reads_back_and_holds_the_dense_weights_and_bool_masks(tmp
     (lambda c: c["masks"].update({"decoder.stem.weight": torch.ones(2, dtype=torch.bool)}), ["decoder.stem.weight", "does not fit"]),
     (lambda c: c["masks"].update({"decoder.stem.weight": c["theta"]["decoder.stem.weight"]}), ["decoder.stem.weight", "does not fit"]),
     (lambda c: c["theta"].pop("encoder.norms.0.running_var"), ["another network", "encoder.norms.0.running_var", "nothing"]),
-    (lambda c: c.update(masks={}), ["no ticket"]), (lambda c: c.pop("settings"), ["no ticket"]), (lambda c: c.pop("format"), ["format"]),
+    (lambda c: c.pop("round"), ["no ticket"]), (lambda c: c["settings"].update(steps="5"), ["no ticket", "odd"]),
+    (lambda c: c["theta"].update({"encoder.head.bias": 3}), ["no ticket"]), (lambda c: c.update(masks={}), ["no ticket"]), (lambda c: c.pop("settings"), ["no ticket"]), (lambda c: c.pop("format"), ["format"]),
     (lambda c: c.update(code=print), ["t.pt"])])
 def test_a_ticket_that_is_damaged_or_of_something_else_is_refused_by_name(empty, capsys, change, words):
     a_ticket(empty / "t.pt")
@@ -865,9 +891,11 @@ def test_a_ticket_that_is_damaged_or_of_something_else_is_refused_by_name(empty,
 def test_tickets_for_other_networks_are_refused_with_both_shapes(empty, capsys):
     a_ticket(empty / "t.pt")
     refused(capsys, "--method ticket --ticket t.pt --width 0.1".split(), "another network", "(3, 3, 4, 4) there", "(6, 3, 4, 4) here")
-    refused(capsys, "--method ticket --ticket t.pt --model dcgan".split(), "another network", "nothing")
+    refused(capsys, "--method ticket --ticket t.pt --model dcgan".split(), "of a vae", "--method transfer")
     refused(capsys, "--method transfer --ticket t.pt --model dcgan --width 0.1".split(), "(64, 24, 2, 2)", "(64, 48, 2, 2)")
     refused(capsys, "--method transfer --ticket t.pt --model linear_ae".split(), "fits")
+    refused(capsys, "--method transfer --ticket t.pt --model resnet14".split(), "between GANs and autoencoders")
+    refused(capsys, "--method transfer --ticket t.pt --model sngan".split(), "fits")
     refused(capsys, "--method transfer --ticket t.pt".split(), "--model")
     refused(capsys, "--method ticket --ticket t.pt --steps 2".split(), "rewind step 2")
     refused(capsys, "--method ticket".split(), "--ticket")
@@ -891,6 +919,8 @@ def test_a_decoder_ticket_goes_into_a_generator_and_back_as_the_same_tensors():
     assert same(L.of_role(back, "decoder"), L.of_role(theta, "decoder")) and same(L.of_role(back_masks, "decoder"), L.of_role(masks, "decoder"))
     with pytest.raises(ValueError, match=r"fits G: decoder.stem.weight \(64, 24, 2, 2\) is not G.stem.weight \(64, 48, 2, 2\)"):
         L.transfer_ticket(theta, masks, L.build("dcgan", width=0.1).state_dict(), ["G"])
+    with pytest.raises(ValueError, match="prunes nothing that D"):
+        L.transfer_ticket(theta, {n: m for n, m in masks.items() if n.startswith("decoder")}, gan.state_dict(), ["D"])
     wide = L.build("dcgan", width=0.05, z=32)                 # only the stem differs: it stays fresh and dense
     _, part, came, fresh = L.transfer_ticket(theta, masks, wide.state_dict(), ["G"])
     assert "G.stem.weight" in fresh and "G.stem.weight" not in part and "G.convs.0.weight" in part
@@ -1499,10 +1529,13 @@ def test_what_continues_with_other_features_sets_no_two_distances_side_by_side()
     s, nets = settings(method="dense"), tiny()
     rows = [{"metric_name": "FD-random-2k", "metric": 1.0}, {"metric_name": "FID-2k", "metric": 9.0}]
     state = {"log": {}, "history": [[0, {}, []]]}
+    rows[0]["step"] = 0
     fit = L.Fit(nets, None, {}, state, L.Trained(1, rows, 0.0))
-    assert L.summarise(s, fit, [fit])["untrained"] is None
+    assert L.summarise(s, fit, [[[0, {}, []]]], rows[0])["untrained"] is None
     rows[0]["metric_name"] = "FID-2k"
-    assert L.summarise(s, fit, [fit])["untrained"] == 1.0
+    assert L.summarise(s, fit, [[[0, {}, []]]], rows[0])["untrained"] == 1.0
+    rows[0]["step"] = 10                                      # a ticket's first row is of step k: nothing untrained there
+    assert L.summarise(s, fit, [[[10, {}, []]]], rows[0])["untrained"] is None
 
 
 @pytest.mark.parametrize("method", L.METHODS)
@@ -1555,12 +1588,85 @@ def test_a_ticket_of_a_run_folder_is_its_winning_one_and_trains_to_the_very_same
     assert summary["density"] == pytest.approx(0.8 ** number, abs=1e-3)
     assert L.main("--method ticket --ticket r --out t".split()) == 0
     said = capsys.readouterr().out
-    assert f"r/ticket-0{number}.pt: round {number}" in said and "from step 3" in said
+    verdict = summary["rounds"][number - 1]["verdict"]
+    assert f"r/ticket-0{number}.pt: round {number}" in said and f"{100 * summary['density']:.2f}% kept, verdict {verdict}; from step 3" in said
     a, b = (L.load_torch(empty / out / "model.pt") for out in "rt")
     assert same(a["weights"], b["weights"]) and same(a["masks"], b["masks"])       # same seed, data and schedule from step 3 on
     ends = [row for row in csv.DictReader(open(empty / "r/metrics.csv", newline="")) if row["step"] in ("3", "20") and row["metric"]]
     assert len(ends) == 1 + 2 * 9 and summary["training_macs_relative"] == pytest.approx(
         (20 + 17 * sum(0.8 ** k for k in (1, 2, 3))) / 20, rel=0.01)       # linear layers: MACs are weights
+
+
+@pytest.mark.parametrize("model", ["ae", "vae", "wgan", "resnet14"])
+def test_the_rounds_of_every_kind_of_model_are_what_their_trainings_measured(empty, model):
+    flags = f"--method imp --model {model} --width .05 --batch-size 8 --steps 8 --rounds 2 --prune-rate .5 --controls --out r"
+    flags += " --eval-images 640" * (model in L.SAMPLED)
+    assert L.main(flags.split()) == 0
+    summary = json.loads((empty / "r/summary.json").read_text())
+    last = {row["training"]: float(row["metric"]) for row in csv.DictReader(open(empty / "r/metrics.csv", newline="")) if row["step"] == "8"}
+    for k, row in enumerate(summary["rounds"], 1):
+        name = f"round-0{k}"
+        wanted = [last["dense"], last[name], last[f"{name}-random"], last[f"{name}-shuffled"]]
+        assert [row[key] for key in ("dense", "ticket", "random", "shuffled")] == pytest.approx(wanted)
+        assert row["verdict"] == L.verdict(*wanted[:3], higher=model == "resnet14")
+    first = next(float(row["metric"]) for row in csv.DictReader(open(empty / "r/metrics.csv", newline="")) if row["step"] == "0")
+    assert summary["untrained"] == pytest.approx(first) and (model == "resnet14") == (summary["metric"] == "accuracy")
+    if model == "wgan":                                       # its clipped D would go first in one pool with G
+        assert summary["density_G"] == pytest.approx(summary["density_D"], abs=0.01)
+
+
+def test_a_classifier_trains_on_the_labels_of_its_images(monkeypatch):
+    images, labels = L.shapes(40)
+    labels = torch.arange(40)                                 # its own number as label
+    s, seen = settings(model="resnet14", method="dense"), []
+    monkeypatch.setattr(L, "classifier_step", lambda net, optimizer, x, truth, masks: seen.append((x, truth)))
+    s["crop"] = 0
+    step_fn = L.step_function(s, images, labels, nn.ModuleDict({"net": nn.Linear(1, 1)}), {"net": torch.optim.SGD([torch.zeros(1)], 1)}, {})
+    for step in range(12):
+        step_fn(step)
+    for x, truth in seen:
+        assert torch.equal(L.to_uint8(x), images[truth])
+    assert sorted(torch.cat([truth for _, truth in seen])[:40].tolist()) == list(range(40))
+
+
+def test_rounds_over_seeds_are_judged_by_their_spread(empty, capsys):
+    for seed in (0, 1):
+        flags = f"--method imp --model linear_ae --width .2 --steps 20 --rounds 2 --controls --seed {seed} --out r{seed}"
+        assert L.main(flags.split()) == 0
+    capsys.readouterr()
+    assert L.main(["--table", "r0", "r1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("2") and lines[2] == "held-out error, seed 0, 1" and lines[3].startswith("round  sparsity") and len(lines) == 6
+    runs = [json.loads((empty / f"r{seed}/summary.json").read_text())["rounds"][0] for seed in (0, 1)]
+    ticket, dense, random = ([run[key] for run in runs] for key in ("ticket", "dense", "random"))
+    assert f"{np.mean(ticket):.4f} ± {np.std(ticket, ddof=1):.4f}" in lines[4]
+    word = L.verdict(np.mean(dense), np.mean(ticket), np.mean(random), False, np.std(dense), np.std(ticket) + np.std(random))
+    assert lines[4].endswith(word)
+
+
+def test_trainings_that_are_compared_are_measured_alike(empty, capsys):
+    flags = [*TINY, "--method", "imp", "--model", "dcgan", "--steps", "2", "--rounds", "1", "--out", "r"]
+    assert L.main(flags) == 0
+    (empty / "r/summary.json").unlink()
+    refused(capsys, [*flags, "--eval-images", "700"], "eval_images 640 there, 700 here")
+
+
+def test_damaged_summaries_and_unread_flags_of_evaluate_are_refused(empty, capsys):
+    assert L.main("--method imp --model linear_ae --width .1 --steps 2 --rounds 1 --out r".split()) == 0
+    capsys.readouterr()
+    refused(capsys, "--evaluate r --eval-images 700".split(), "--eval-images", "linear_ae")
+    assert L.main("--evaluate r".split()) == 0 and "held-out error" in capsys.readouterr().out
+    whole = json.loads((empty / "r/summary.json").read_text())
+    for rounds in ([], None, [{}]):
+        (empty / "r/summary.json").write_text(json.dumps({**whole, "rounds": rounds}))
+        refused(capsys, "--table r".split(), "summary.json", "damaged")
+    (empty / "r/summary.json").write_text(json.dumps({**whole, "ticket": 5}))
+    refused(capsys, "--method ticket --ticket r".split(), "no folder of a finished imp run")
+
+
+def test_an_autoencoder_without_held_out_images_is_refused(empty, capsys):
+    pictures(empty / "own", 8)
+    refused(capsys, "--method dense --model ae --dataset own --batch-size 4".split(), "8 images", "held out")
 
 
 def test_an_average_and_its_statistics_are_rewound_with_the_weights(empty):
@@ -1725,11 +1831,26 @@ def test_killed_at_several_moments_and_started_again_is_bit_identical(tmp_path, 
 BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
-def test_the_curve_is_drawn_where_matplotlib_is_there(tmp_path):
-    pytest.importorskip("matplotlib")
+def test_the_curve_has_a_line_for_the_ticket_and_for_each_control(tmp_path, monkeypatch):
+    drawn = []
+
+    class Anything:
+        def __getattr__(self, name):
+            def call(*args, **more):
+                drawn.append((name, args, more))
+                if name == "savefig":
+                    args[0].write(b"drawn")
+                return (Anything(), Anything()) if name == "subplots" else None
+            return call
+
+    monkeypatch.setitem(sys.modules, "matplotlib", Anything())
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", Anything())
+    monkeypatch.setattr(sys.modules["matplotlib"], "pyplot", sys.modules["matplotlib.pyplot"], raising=False)
     rows = [{"density": 0.8 ** k, "dense": 1.0, "ticket": 1.0 + k, "random": 2.0 + k} for k in (1, 2)]
     L.draw_curve(tmp_path / "curve.png", rows, "FD")
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    lines = {more["label"]: args for name, args, more in drawn if name in ("plot", "axhline")}
+    assert set(lines) == {"ticket", "random", "dense"} and lines["dense"] == (1.0,)
+    assert lines["random"] == (pytest.approx([80, 64]), [3.0, 4.0]) and (tmp_path / "curve.png").read_bytes() == b"drawn"
 
 
 def test_the_commands_and_the_snippet_of_readme_are_real(empty, capsys):
