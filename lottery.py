@@ -3,17 +3,21 @@
 
 Result   DDST on the built-in pictures, G with 30 % of its weights: FD-random-2k 0.056 (untrained 0.836, dense
          0.038, real against real 0.004) at 51 % of dense training's MACs; seed 0, 167 s on two CPU cores
+         A linear autoencoder of Fashion-MNIST with 11 % of its weights: held-out error 0.092 (dense 0.090; the
+         random ticket 0.109, the shuffled mask 0.109); seed 0
 Contents 1. DATA  2. MODELS  3. MASKS  4. OBJECTIVES  5. TRAINING  6. TICKETS
-         7. DYNAMIC SPARSE TRAINING  8. METRICS  9. COMMAND LINE                                       (search for "# 3. MASKS")
+         7. DYNAMIC SPARSE TRAINING  8. METRICS  9. COMMAND LINE           (search for "# 3. MASKS")
 Legend   B batch   c image channels   S side of an image, pixels   w base channels   z latent size
          G generator   D discriminator   m mask, 1 = keep   d density, share of weights kept, 0..1
          images are in [-1, 1] in networks, uint8 in memory; a step is one update of G
 
 Run      python lottery.py                                    DDST on built-in pictures, minutes on a CPU
          python lottery.py --method ddst --dataset celeba     the paper's size: for a GPU
+         python lottery.py --method imp --controls            is there a winning ticket?
 Papers   Wang et al., Balanced Training for Sparse GANs, NeurIPS 2023, arXiv 2302.14670
          Evci et al., Rigging the Lottery, ICML 2020, arXiv 1911.11134 (RigL, ERK)
          Kalibhat et al., Winning Lottery Tickets in Deep Generative Models, AAAI 2021, arXiv 2010.02350
+         Chen et al., The Elastic Lottery Ticket Hypothesis, NeurIPS 2021, arXiv 2103.16547
 """
 import argparse
 import concurrent.futures
@@ -752,9 +756,14 @@ def density(masks):
     return kept(masks) / sum(m.numel() for m in masks.values()) if masks else 1.0
 
 
+def counts_of(masks):
+    """{name: number of weights kept}"""
+    return {name: int(torch.count_nonzero(mask)) for name, mask in masks.items()}
+
+
 def kept(masks):
     """Number of weights kept over all masks, an int."""
-    return sum(int(torch.count_nonzero(m)) for m in masks.values())
+    return sum(counts_of(masks).values())
 
 
 def of_role(tensors, role):
@@ -1534,7 +1543,7 @@ def dynamic_gan(nets, optimizers, masks, state, *, steps, seed, ratio_every=10, 
     flat, dims = prunable_parameters(nets), output_dims(nets)
     total = sum(p.numel() for p in of_role(flat, "D").values())
     state.setdefault("window", [])
-    state.setdefault("history", [[start, {n: int(torch.count_nonzero(m)) for n, m in masks.items()}, []]])
+    state.setdefault("history", [[start, counts_of(masks), []]])
 
     def move(role, drop, grow, step):
         """One drop_and_grow_ in one network, its optimizer's state with it."""
@@ -1565,8 +1574,7 @@ def dynamic_gan(nets, optimizers, masks, state, *, steps, seed, ratio_every=10, 
                 moved += ["D"] * move("D", exchange + max(0, now - then), exchange + max(0, then - now), step)
             state["actions"] = {**state.get("actions", {}), action: state.get("actions", {}).get(action, 0) + 1}
         if due_G or due_D:
-            counts = {name: int(torch.count_nonzero(mask)) for name, mask in masks.items()}
-            state["history"].append([step, counts, moved])
+            state["history"].append([step, counts_of(masks), moved])
             state["log"] = {**state["log"], **role_densities(nets, masks)}
 
     state["log"] = {**role_densities(nets, masks), **state.get("log", {})}
@@ -2271,7 +2279,7 @@ def fitter(job):
                                 window_steps=s["window"], update_every=s["update_every"], how=s["grow"],
                                 control=ddst_control(s, masks), start=start)
         else:
-            state.setdefault("history", [[start, {n: int(torch.count_nonzero(m)) for n, m in masks.items()}, []]])
+            state.setdefault("history", [[start, counts_of(masks), []]])
             state.setdefault("log", role_densities(nets, masks))
 
         def evaluate(step):
@@ -2559,7 +2567,7 @@ def summarise(s, fit, histories, first):
     add up; first: the first row of the first of them, untrained if that is of step 0."""
     nets, masks, state, done = fit.nets, fit.masks, fit.state, fit.done
     sizes = {name: w.numel() for name, w in prunable_parameters(nets).items()}
-    counts = {**sizes, **{name: int(torch.count_nonzero(mask)) for name, mask in masks.items()}}
+    counts = {**sizes, **counts_of(masks)}
     positions = positions_of(nets, s["image_size"], s["channels"])
     macs, dense_macs = (sum(positions[n] * c[n] for n in sizes) for c in (counts, sizes))
     parameters, gan = sum(p.numel() for p in nets.parameters()), s["model"] in GANS
