@@ -1345,7 +1345,7 @@ def test_a_trained_classifiers_model_serves_as_features(empty, capsys):
     assert torch.allclose(L.extract(images, network), wanted.double(), atol=1e-5) and network.label.startswith("resnet14.")
     assert L.extract(images[:, :1, :16, :16], network).shape == (6, 6)
     assert L.main([*TINY, "--method", "dense", "--steps", "2", "--features", "c/model.pt", "--out", "g"]) == 0
-    assert "FD-resnet14-640" in capsys.readouterr().out
+    assert f"FD-{network.label}-640" in capsys.readouterr().out
     refused(capsys, [*TINY, "--features", "g/model.pt", "--out", "h"], "g/model.pt", "classifier")
     refused(capsys, [*TINY, "--features", "c/config.json", "--out", "h"], "c/config.json")
 
