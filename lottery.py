@@ -5,8 +5,8 @@ Result   DDST on the built-in pictures, G with 30 % of its weights: FD-random-2k
          0.038, real against real 0.004) at 51 % of dense training's MACs; seed 0, 167 s on two CPU cores
          A linear autoencoder of Fashion-MNIST with 11 % of its weights: held-out error 0.092 (dense 0.090; the
          random ticket 0.109, the shuffled mask 0.109); seed 0
-Contents 1. DATA  2. MODELS  3. MASKS  4. OBJECTIVES  5. TRAINING  6. TICKETS
-         7. DYNAMIC SPARSE TRAINING  8. METRICS  9. COMMAND LINE           (search for "# 3. MASKS")
+Contents 1. DATA  2. MODELS  3. MASKS  4. OBJECTIVES  5. TRAINING  6. SCORES  7. TICKETS
+         8. DYNAMIC SPARSE TRAINING  9. METRICS  10. COMMAND LINE          (search for "# 3. MASKS")
 Legend   B batch   c image channels   S side of an image, pixels   w base channels   z latent size
          G generator   D discriminator   m mask, 1 = keep   d density, share of weights kept, 0..1
          images are in [-1, 1] in networks, uint8 in memory; a step is one update of G
@@ -14,7 +14,8 @@ Legend   B batch   c image channels   S side of an image, pixels   w base channe
 Run      python lottery.py                                    DDST on built-in pictures, minutes on a CPU
          python lottery.py --method ddst --dataset celeba     the paper's size: for a GPU
          python lottery.py --method imp --controls            is there a winning ticket?
-Papers   Wang et al., Balanced Training for Sparse GANs, NeurIPS 2023, arXiv 2302.14670
+Papers   Lee et al., SNIP, ICLR 2019, arXiv 1810.02340;  Wang, Zhang, Grosse, GraSP, ICLR 2020, arXiv 2002.07376
+         Wang et al., Balanced Training for Sparse GANs, NeurIPS 2023, arXiv 2302.14670
          Evci et al., Rigging the Lottery, ICML 2020, arXiv 1911.11134 (RigL, ERK)
          Kalibhat et al., Winning Lottery Tickets in Deep Generative Models, AAAI 2021, arXiv 2010.02350
          Chen et al., The Elastic Lottery Ticket Hypothesis, NeurIPS 2021, arXiv 2103.16547
@@ -270,6 +271,17 @@ def batch_index(count, position, size, seed):
         parts.append(epoch_order(count, epoch, seed)[start:start + left])
         place, left = place + len(parts[-1]), left - len(parts[-1])
     return torch.cat(parts)
+
+
+def balanced_index(labels, count, generator):
+    """(count,) int64: places of `count` images, classes in equal numbers as far as they go, in random order (in the
+    order of classes each batch norm would see one class at a time). labels (N,) int64."""
+    order, rank = torch.randperm(len(labels), generator=generator), torch.zeros(len(labels))
+    for label in labels.unique():
+        mine = (labels == label)[order]
+        rank[mine] = torch.arange(int(mine.sum())).float()
+    chosen = order[rank.argsort(stable=True)[:count]]
+    return chosen[torch.randperm(len(chosen), generator=generator)]
 
 
 def batch(images, position, size, seed, flip=False, device=None, crop=0):
@@ -667,6 +679,16 @@ def prune_masks(scores, density, masks=None, scope="global"):
     return split_like(keep_top(flat, max(1, round(density * flat.numel()))), scores)
 
 
+def best_stays(scores, masks=None):
+    """Scores in which the best weight of each layer, among those that `masks` keep, is raised to inf: prune_masks then
+    empties no layer. An empty layer cuts the network in two, and its spectral norm is 0/0."""
+    raised = {name: score.detach().clone() for name, score in scores.items()}
+    for name, score in raised.items():
+        alive = torch.where(masks[name] != 0, score, -math.inf) if masks else score
+        score[torch.unravel_index(alive.flatten().argmax(), score.shape)] = math.inf
+    return raised
+
+
 def split_like(flat, tensors):
     """Cut one flat tensor into float tensors of the names, shapes and memory formats of `tensors`."""
     parts = flat.split([t.numel() for t in tensors.values()])
@@ -830,33 +852,37 @@ def gan_step(G, D, optimizers, draw_real, draw_latents, objective="hinge", n_cri
             "real": real, "z": z, "fake_logits": fake_logits.detach()}
 
 
+def autoencoder_losses(nets, x, noise=None, beta=1.0):
+    """{"error"} or, given noise, {"error", "KL"} (beta times KL): scalars whose sum an autoencoder minimises.
+
+    nets {"encoder", "decoder"}; x (B, c, S, S); noise (B, z), standard normal
+    AE: squared error, mean over everything. VAE (Kingma & Welling 2014): squared error summed over the
+    pixels, and beta KL(q(z|x) || N(0, 1)) summed over z, each the mean over the batch. Sum, not mean: beside
+    a mean over thousands of pixels the KL term wins, and the encoder stops to say anything.
+    """
+    code = nets["encoder"](x)                                 # (B, z), or (B, 2z)
+    if noise is None:
+        return {"error": F.mse_loss(nets["decoder"](code), x)}
+    mean, log_variance = code.chunk(2, 1)                     # (B, z) each
+    image = nets["decoder"](mean + noise * (log_variance / 2).exp())
+    return {"error": (image - x).square().flatten(1).sum(1).mean(),
+            "KL": beta * 0.5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).sum(1).mean()}
+
+
 def autoencoder_step(nets, optimizers, x, noise=None, beta=1.0, masks=None):
     """One step of an autoencoder or, given noise, of a variational one.
 
-    nets   {"encoder", "decoder"} and an optimizer each; x (B, c, S, S); noise (B, z), standard normal
+    nets   {"encoder", "decoder"} and an optimizer each; x, noise, beta as of autoencoder_losses
     masks  flat, "decoder.stem.weight", or None
-    AE: squared error, mean over everything. VAE (Kingma & Welling 2014): squared error summed over the
-    pixels + beta KL(q(z|x) || N(0, 1)) summed over z, each the mean over the batch. Sum, not mean: beside
-    a mean over thousands of pixels the KL term wins, and the encoder stops to say anything.
     """
     for optimizer in optimizers.values():
         optimizer.zero_grad()
-    code = nets["encoder"](x)                                 # (B, z), or (B, 2z)
-    if noise is None:
-        loss = F.mse_loss(nets["decoder"](code), x)
-        losses = {"error": loss.detach()}
-    else:
-        mean, log_variance = code.chunk(2, 1)                 # (B, z) each
-        image = nets["decoder"](mean + noise * (log_variance / 2).exp())
-        error = (image - x).square().flatten(1).sum(1).mean()
-        kl = 0.5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).sum(1).mean()
-        loss = error + beta * kl
-        losses = {"error": error.detach(), "KL": kl.detach()}
-    loss.backward()
+    losses = autoencoder_losses(nets, x, noise, beta)
+    sum(losses.values()).backward()
     for optimizer in optimizers.values():
         optimizer.step()
     apply_masks_(nets, masks)
-    return {"losses": losses}
+    return {"losses": {name: loss.detach() for name, loss in losses.items()}}
 
 
 def classifier_step(net, optimizer, x, labels, masks=None):
@@ -1138,7 +1164,120 @@ def untouched(*models):
 
 
 # ==================================================================================================
-# 6. TICKETS: a dense network holds a sparse one which, trained alone from (nearly) the same start, does as
+# 6. SCORES: how much each weight matters, before it is trained. {name: tensor shaped like the weight},
+#    larger = keep, for prune_masks. Scoring leaves no trace in any network that the loss touches.
+
+def score_magnitude(model):
+    """|w|. At the start it knows the initialisation only; it is what a score that looks at data has to beat."""
+    return {name: w.detach().abs() for name, w in prunable_parameters(model).items()}
+
+
+def score_random(model, generator):
+    """Uniform in [0, 1), from a CPU torch.Generator."""
+    return {name: torch.rand(w.shape, generator=generator).to(w.device) for name, w in prunable_parameters(model).items()}
+
+
+def score_snip(model, loss, batches=1, others=()):
+    """SNIP: |w dL/dw|, how fast the loss changes when the weight's mask leaves 1. Lee et al. 2019.
+
+    loss    (k) -> scalar loss of `model` on the k-th scoring batch, without weight decay
+    others  networks that the loss passes through besides: of a GAN's G, its D
+
+    The absolute value is taken of the sum over batches; taken per batch it would score their noise. A GAN's
+    networks are scored apart, G by G's loss and D by D's: in a sum of both losses, which pull G's weights in
+    opposite directions, G's scores cancel, and one pool for both starves G. ValueError for a weight that is
+    frozen or that the loss does not depend on, and for scores that rank nothing.
+    """
+    with scoring(model, *others):
+        weights = scorable(model)
+        sums = summed_gradients(weights, loss, batches)
+        return check_scores({name: (w.detach() * g).abs() for (name, w), g in zip(weights.items(), sums)})
+
+
+def score_grasp(model, loss, batches=1, others=()):
+    """GraSP: w (H g), how much of the squared gradient norm |g|^2 goes with the weight; H is the Hessian of
+    the loss. Wang, Zhang & Grosse 2020. Arguments and errors as of score_snip.
+
+    Two passes. First g, summed over the batches. Then per batch the derivative of stop(g) . g_batch, which is
+    H_batch g; without the stop both factors would be derived, and 2 H g comes out.
+    The sign is the lesson. The paper scores S = -w (H g) and removes the LARGEST S, so the largest w (H g)
+    stay. An absolute value, or the other end, is the classic error and prunes what carries the gradient.
+    For a classifier the paper divides the logits by 200 inside the loss, in both passes. That makes the
+    probabilities nearly equal and changes the ranking, also its signs; other losses have no logits to divide.
+    """
+    with scoring(model, *others):
+        weights = scorable(model)
+        products = [torch.zeros_like(w) for w in weights.values()]
+        sums = summed_gradients(weights, loss, batches)
+        for k in range(batches):
+            gradients = torch.autograd.grad(loss(k), list(weights.values()), create_graph=True)
+            inner = sum((stop * g).sum() for stop, g in zip(sums, gradients))
+            # Where the loss is linear in a weight there is no second derivative: 0, no error.
+            parts = torch.autograd.grad(inner, list(weights.values()), allow_unused=True) if inner.requires_grad else []
+            for product, part in zip(products, parts):
+                if part is not None:
+                    product += part
+        return check_scores({name: w.detach() * product for (name, w), product in zip(weights.items(), products)})
+
+
+def summed_gradients(weights, loss, batches):
+    """[dL/dw for every weight], signed, summed over loss(0), loss(1), ..."""
+    sums = [torch.zeros_like(w) for w in weights.values()]
+    for k in range(batches):
+        gradients = torch.autograd.grad(loss(k), list(weights.values()), allow_unused=True)
+        for name, sum_, part in zip(weights, sums, gradients):
+            if part is None:
+                raise ValueError(f"the loss does not depend on {name}, so it has no score; leave that layer out of the model")
+            sum_ += part
+    return sums
+
+
+def scorable(model):
+    """prunable_parameters; ValueError for one that is frozen: it has no gradient to be scored by."""
+    weights = prunable_parameters(model)
+    if frozen := [name for name, w in weights.items() if not w.requires_grad]:
+        raise ValueError(f"{frozen[0]} is frozen (requires_grad is False), so it has no score; "
+                         f"unfreeze it, or leave that layer out of the model")
+    return weights
+
+
+def check_scores(scores):
+    """The scores; ValueError when they rank nothing: not finite, or all 0."""
+    if bad := [name for name, score in scores.items() if not torch.isfinite(score).all()]:
+        raise ValueError(f"a score of {bad[0]} is not finite: the loss or its gradient is not; scale the inputs down or score in float64")
+    if not any(bool(score.any()) for score in scores.values()):
+        raise ValueError("all scores are 0: the loss has no gradient or no curvature here, so they rank nothing; "
+                         "score other batches, or after some steps of training")
+    return scores
+
+
+@contextlib.contextmanager
+def scoring(*models):
+    """`untouched`, and what is inside depends on weights and data alone.
+
+    Batch norm takes the statistics of the batch (running ones are still empty at the start), dropout is off, and
+    every spectral norm's vectors are iterated 30 times from a fixed start, then still: one iteration in each
+    forward, as in training, would score with the vectors that happen to be there.
+    """
+    with untouched(*models), torch.enable_grad():
+        for module in [module for model in models for module in model.train().modules()]:
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.eval()
+            found = [(norm._reshape_weight_to_matrix(module.parametrizations.weight.original), norm._u, norm._v, norm)
+                     for norm in getattr(getattr(module, "parametrizations", None), "weight", []) if hasattr(norm, "_u")]
+            found += [(hook.reshape_weight_to_matrix(module.weight_orig), module.weight_u, module.weight_v, module)   # the older function
+                      for hook in module._forward_pre_hooks.values() if hasattr(hook, "reshape_weight_to_matrix")]
+            for matrix, u, v, norm in found:
+                left = torch.randn(len(matrix), generator=rng(0, 0, "spectral norm")).to(matrix)
+                for _ in range(30):
+                    right = F.normalize(matrix.detach().T @ left, dim=0)
+                    left = F.normalize(matrix.detach() @ right, dim=0)
+                u.copy_(left), v.copy_(right), norm.eval()
+        yield
+
+
+# ==================================================================================================
+# 7. TICKETS: a dense network holds a sparse one which, trained alone from (nearly) the same start, does as
 #    well: a winning ticket. Frankle & Carbin 2019; for generative models Kalibhat et al. 2021. First the
 #    whole idea in one page, on two layers; then the loop for any model, with the controls that it needs.
 
@@ -1220,10 +1359,7 @@ def iterative_magnitude_pruning(make_nets, train_fn, densities, *, rewind_step=0
     for k, share in enumerate(densities, 1):
         weights = {name: w.detach().abs() for name, w in prunable_parameters(nets).items()
                    if prune is None or name.split(".")[0] in prune}
-        for name, score in weights.items():    # the largest survivor of a layer stays: under spectral norm an empty one is 0/0
-            alive = score if not masks else torch.where(masks[name] != 0, score, -1.0)
-            score[torch.unravel_index(alive.flatten().argmax(), score.shape)] = math.inf
-        masks = prune_masks(weights, share, masks, scope)                                       # prune
+        masks = prune_masks(best_stays(weights, masks), share, masks, scope)                    # prune
         rewind_(nets, theta, masks)                                                             # rewind
         results = {"ticket": train_fn(f"round-{k:02}", nets, masks, rewind_step, None, {})}     # retrain
         if controls:
@@ -1359,7 +1495,7 @@ def transfer_ticket(theta, masks, target, roles=None):
 
 
 # ==================================================================================================
-# 7. DYNAMIC SPARSE TRAINING: masks that move while the weights train. SDST moves G's mask; DDST also
+# 8. DYNAMIC SPARSE TRAINING: masks that move while the weights train. SDST moves G's mask; DDST also
 #    moves the number of D's weights, so that neither network runs away from the other.
 #    Wang et al. 2023, "Balanced Training for Sparse GANs", arXiv 2302.14670.
 
@@ -1377,8 +1513,8 @@ def drop_and_grow_(weights, masks, gradients, drop, grow, how="gradient", genera
     exactly 0 say nothing (a hinge D beyond its margins has no other), so where they run out the
     dropped weights come back first and the rest is random; a threshold "|g| >= 0" would keep everything.
 
-    Returns ({name: bool, newly grown}, number dropped, number grown): fewer than asked for when
-    nothing more may be dropped or is left to grow. Counts are exact. drop = 0 and grow = 0 do nothing.
+    Returns ({name: bool, newly grown}, number dropped, number grown): fewer of both when nothing more may be
+    dropped, fewer grown when nothing is left to grow. Counts are exact. drop = 0 and grow = 0 do nothing.
     """
     if how not in ("gradient", "random"):
         raise ValueError(f"weights grow by gradient or random; got {how!r}")
@@ -1387,7 +1523,8 @@ def drop_and_grow_(weights, masks, gradients, drop, grow, how="gradient", genera
     safe = torch.cat([row_largest(weights[name].detach(), masks[name], (output_dim or {}).get(name, 0)).flatten()
                       for name in masks])
     may_drop = was & ~safe
-    drop = min(drop, int(torch.count_nonzero(may_drop)))
+    short = max(0, drop - int(torch.count_nonzero(may_drop)))
+    drop, grow = drop - short, max(0, grow - short)            # what could not be dropped is not grown: an exchange keeps its count
     dropped = keep_top(torch.where(may_drop, -magnitude, -math.inf), drop)     # largest -|w| = smallest |w|
     keep = was & ~dropped
     grow = min(grow, int(torch.count_nonzero(~keep)))
@@ -1397,12 +1534,12 @@ def drop_and_grow_(weights, masks, gradients, drop, grow, how="gradient", genera
             score = torch.cat([gradients[name].detach().flatten() for name in masks]).abs()
             if not torch.isfinite(score).all():
                 raise FloatingPointError("a gradient by which weights would grow is not finite")
-        short = score is not None and int(torch.count_nonzero((score > 0) & ~keep)) < grow
-        if score is None or short:
+        scarce = score is not None and int(torch.count_nonzero((score > 0) & ~keep)) < grow
+        if score is None or scarce:
             chance = torch.rand(len(keep), generator=generator).to(keep.device)        # in [0, 1)
         if score is None:
             score = chance
-        elif short:      # whatever has a gradient, then what was just dropped by size (> 1), then chance (< 1)
+        elif scarce:     # whatever has a gradient, then what was just dropped by size (> 1), then chance (< 1)
             score = torch.where(score > 0, math.inf, torch.where(dropped, 1 + magnitude, chance))
         keep |= keep_top(torch.where(keep, -math.inf, score), grow)
     new = split_like(keep & ~was, masks)
@@ -1439,6 +1576,15 @@ def seed_optimizer_state_(optimizer, weights, grown, gradients):
                            ("exp_avg_sq", gradients[name] ** 2), ("square_avg", gradients[name] ** 2)):
             if isinstance(state.get(key), torch.Tensor):
                 state[key].copy_(torch.where(new, torch.as_tensor(value, device=new.device), state[key]))
+
+
+def move_masks_(optimizer, weights, masks, drop, grow, how, generator, output_dim):
+    """drop_and_grow_ by the gradients of the step just done, the optimizer's state with it. Arguments as there.
+    Returns whether a dense gradient was read, for the MACs."""
+    gradients = {name: weights[name].grad for name in masks}
+    grown, _, grow = drop_and_grow_(weights, masks, gradients, drop, grow, how, generator, output_dim)
+    seed_optimizer_state_(optimizer, weights, grown, gradients)
+    return bool(grow) and how == "gradient"
 
 
 def drop_share(step, steps, first=0.5, last=0.005):
@@ -1546,12 +1692,9 @@ def dynamic_gan(nets, optimizers, masks, state, *, steps, seed, ratio_every=10, 
     state.setdefault("history", [[start, counts_of(masks), []]])
 
     def move(role, drop, grow, step):
-        """One drop_and_grow_ in one network, its optimizer's state with it."""
+        """One update of one network's masks."""
         part = {name: mask for name, mask in masks.items() if name.startswith(f"{role}.")}
-        gradients = {name: flat[name].grad for name in part}
-        grown, drop, grow = drop_and_grow_(flat, part, gradients, drop, grow, how, rng(seed, step, f"grow {role}"), dims)
-        seed_optimizer_state_(optimizers[role], flat, grown, gradients)
-        return bool(grow) and how == "gradient"
+        return move_masks_(optimizers[role], flat, part, drop, grow, how, rng(seed, step, f"grow {role}"), dims)
 
     def after_step(step, out):
         if step % ratio_every == 0:
@@ -1581,6 +1724,34 @@ def dynamic_gan(nets, optimizers, masks, state, *, steps, seed, ratio_every=10, 
     return after_step
 
 
+def dynamic_layers(nets, optimizers, masks, state, *, steps, seed, update_every=0, how="gradient", start=0):
+    """The after_step of RigL (how="gradient", Evci et al. 2020) and SET ("random", Mocanu et al. 2018), for
+    anything but a GAN: every `update_every` steps each layer exchanges a share of its own kept weights, .3 at
+    first and by a cosine 0 at 75 % of the steps, after which masks stay. Counts per layer never change.
+
+    Arguments as of dynamic_gan. Here the update follows the optimizer's step and reads that step's gradient;
+    RigL's code puts it in the place of a step. For Wang et al.'s GANs one pool over all layers is right, because
+    theirs moves weights between layers; a pool per layer keeps the ERK densities that RigL starts with.
+    """
+    weights, dims, end = prunable_parameters(nets), output_dims(nets), 0.75 * steps
+    state.setdefault("history", [[start, counts_of(masks), []]])
+    state.setdefault("log", role_densities(nets, masks))
+
+    def after_step(step, out):
+        if not update_every or step % update_every or step >= end:
+            return
+        moved = []
+        for name, mask in masks.items():
+            count, role = kept({name: mask}), name.split(".")[0]
+            if count < mask.numel():                           # a dense layer has nothing to exchange
+                exchange = int(drop_share(step, end, 0.3, 0.0) * count)
+                moved += [role] * move_masks_(optimizers[role], weights, {name: mask}, exchange, exchange, how,
+                                              rng(seed, step, f"grow {name}"), dims)
+        state["history"].append([step, counts_of(masks), sorted(set(moved))])
+
+    return after_step
+
+
 def role_densities(nets, masks):
     """{"density_G": ..., "density_D": ...}: share kept of each network's prunable weights; 1 where no mask is."""
     shares = {}
@@ -1592,7 +1763,7 @@ def role_densities(nets, masks):
 
 
 # ==================================================================================================
-# 8. METRICS: distances between sets of images (by the features of a fixed network, in float64), and
+# 9. METRICS: distances between sets of images (by the features of a fixed network, in float64), and
 #    multiply-accumulates (MACs) of networks and of trainings.
 
 FID_WEIGHTS = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -1851,10 +2022,15 @@ def positions_of(nets, size, channels):
 
 
 def training_macs(history, steps, positions, sizes, batch_size):
-    """MACs of the training of an autoencoder or classifier: a forward, and twice as much backward, per image.
+    """MACs of the training of an autoencoder or classifier: a forward f, and twice as much backward, per image; where
+    RigL reads the dense gradient that step's is dense: (3 f_S (every - 1) + 2 f_S + f_D) / every a step, on the average.
     Arguments as of gan_training_macs."""
-    return sum((until - since) * batch_size * 3 * sum(places * counts.get(name, sizes[name]) for name, places in positions.items())
-               for (since, counts, _), (until, _, _) in zip(history, [*history[1:], [steps, {}, []]]))
+    def forward(counts, roles=None):
+        return sum(places * counts.get(name, sizes[name]) for name, places in positions.items()
+                   if roles is None or name.split(".")[0] in roles)
+
+    return batch_size * sum((until - since) * 3 * forward(counts) + forward({}, moved) - forward(counts, moved)
+                            for (since, counts, moved), (until, _, _) in zip(history, [*history[1:], [steps, {}, []]]))
 
 
 def gan_training_macs(history, steps, positions, sizes, batch_size, n_critic, g_batch, ratio_every=0, paper=False):
@@ -1892,12 +2068,12 @@ def gan_training_macs(history, steps, positions, sizes, batch_size, n_critic, g_
 
 
 # ==================================================================================================
-# 9. COMMAND LINE: settings, checks, the methods, the run folder, the table. Only this section prints
+# 10. COMMAND LINE: settings, checks, the methods, the run folder, the table. Only this section prints
 #    (and the progress line of `train`), and only here are there settings.
 
 DEFAULTS = dict(method="ddst", dataset="shapes", seed=0, width=1.0, density=0.3, grow="gradient", band=[0.45, 0.55],
-                max_density_D=1.0, ratio_every=10, prune_rate=0.2, scope="global", controls=False, data="data",
-                checkpoint_s=120.0)
+                max_density_D=1.0, ratio_every=10, prune_rate=0.2, scope="global", controls=False, score_batches=4,
+                data="data", checkpoint_s=120.0)
 EVALUATION = dict(eval_images=None, features="random", inception_weights=None)          # may change when a run continues
 # On shapes, minutes on two cores. At its own lr two thousand steps of sngan give blobs; other models keep theirs.
 SHAPES_PRESET = {"gan": dict(width=0.125, batch_size=16, steps=2000), "autoencoder": dict(width=0.25, batch_size=64, steps=1000),
@@ -1908,12 +2084,13 @@ CHANGE, FLOOR = 0.05, 0.05          # DDST: one change of D's density, and where
 HEALTHY = (0.4, 0.65)               # balance ratio of good runs (our reading of Wang et al. 2023); wider than the band,
                                     # so that a controlled run may swing past its band without a word
 
+SCORED = ("magnitude", "snip", "grasp")                      # methods that prune once, by scores of section 6
 READ_BY = {                         # flags that only some methods read; a flag that is not read is refused
-    "density": ("static", "sdst", "ddst", "imp"), "density_D": ("static", "sdst", "ddst"),
+    "density": ("static", "sdst", "ddst", "imp", *SCORED), "density_D": ("static", "sdst", "ddst", *SCORED),
     "update_every": ("sdst", "ddst"), "grow": ("sdst", "ddst"), "max_density_D": ("ddst",), "band": ("ddst",),
     "update_every_D": ("ddst",), "first_D": ("ddst",),        # no flags, but settings of ddst alone
-    "rounds": ("imp",), "prune_rate": ("imp",), "rewind_step": ("imp",), "scope": ("imp",),
-    "prune": ("imp", "transfer"), "controls": ("imp", "ticket", "transfer"), "ticket": ("ticket", "transfer"),
+    "rounds": ("imp",), "prune_rate": ("imp",), "rewind_step": ("imp", *SCORED), "scope": ("imp",), "score_batches": ("snip", "grasp"),
+    "prune": ("imp", "transfer"), "controls": ("imp", "ticket", "transfer", *SCORED), "ticket": ("ticket", "transfer"),
 }
 READ_BY_MODEL = {                   # and by some models
     "density_D": GANS, "n_critic": GANS, "ratio_every": GANS, "beta": VAES,
@@ -1933,7 +2110,7 @@ def parse(argv):
     add = parser.add_argument
     add("--method", help=f"{', '.join(METHODS)} (default ddst)")
     add("--dataset", help="shapes (built in), mnist, fashion_mnist, cifar10, stl10, celeba, or a folder of images")
-    add("--model", help=f"{', '.join(MODELS)} (default sngan; imp: dcgan; ticket: its own)")
+    add("--model", help=f"{', '.join(MODELS)} (default sngan; imp: dcgan; ticket: its own; magnitude, snip, grasp: resnet20)")
     add("--density", type=float, help="share of weights kept, of a GAN G's, 0 < d <= 1 (default 0.3); imp: prune until it is reached")
     add("--steps", type=int, help="of a GAN updates of G (default by model, 4,690 to 100,000)")
     add("--batch-size", type=int, help="images per step, of a GAN real images per step of D (default by model, 64 or 128)")
@@ -1952,14 +2129,15 @@ def parse(argv):
     add = parser.add_argument_group("sparse training").add_argument
     add("--density-D", type=float, help="share of D's weights kept; at the start, for ddst (default 1; ddst: as --density)")
     add("--max-density-D", type=float, help="ddst: most of D's weights that may be kept; 0.5 is the strict variant (default 1)")
-    add("--update-every", type=int, help="steps between updates of G's mask, 0: none; D's interval is twice it (default steps/200, at least 20)")
+    add("--update-every", type=int, help="steps between updates of G's mask, 0: none; D's interval is twice it (default steps/200, at least 20; other models steps/600, 20 to 100)")
     add("--grow", help="grow weights by gradient or random (default gradient)")
     add("--band", type=float, nargs=2, metavar=("LOW", "HIGH"), help="ddst: balance ratios that D is kept in (default .45 .55)")
     add("--ratio-every", type=int, help="steps between measurements of the balance ratio (default 10)")
     add = parser.add_argument_group("tickets").add_argument
     add("--rounds", type=int, help=f"imp: rounds of pruning (default {PAPER_ROUNDS}; one round is one-shot pruning)")
     add("--prune-rate", type=float, help="imp: share of the survivors pruned per round (default 0.2)")
-    add("--rewind-step", type=int, help="imp: survivors go back to this step (default 1,000 classifiers, 100 linear_ae, 10 else; at most steps/10)")
+    add("--rewind-step", type=int, help="imp: survivors go back to this step (default 1,000 classifiers, 100 linear_ae, 10 else; at most steps/10); magnitude, snip, grasp: prune there (default 0)")
+    add("--score-batches", type=int, help="snip, grasp: batches that the scores are summed over (default 4)")
     add("--scope", help="imp: one pool of weights for all (global, default), per network or per layer")
     add("--prune", nargs="+", metavar="ROLE", help="imp: networks that are pruned; transfer: that receive: G, D, encoder, decoder (default all)")
     add("--controls", action="store_true", default=None, help="train the random ticket (same mask, other weights) and the shuffled mask too")
@@ -1990,11 +2168,11 @@ def resolve(given):
     method = given.get("method", DEFAULTS["method"])
     choose("method", method, METHODS)
     ticket = inherited(given, method) if method in ("ticket", "transfer") else {}
-    model = given.get("model", ticket.get("model", "dcgan" if method == "imp" else "sngan"))
+    model = given.get("model", ticket.get("model", "dcgan" if method == "imp" else "resnet20" if method in SCORED else "sngan"))
     dataset = given.get("dataset", ticket.get("dataset", DEFAULTS["dataset"]))
     choose("model", model, MODELS)
-    if method in ("sdst", "ddst") and model not in GANS:
-        raise ValueError(f"--method {method} trains GANs, {', '.join(GANS)}; got --model {model}")
+    if method == "ddst" and model not in GANS:
+        raise ValueError(f"--method ddst balances G and D of a GAN, {', '.join(GANS)}; got --model {model}. Others have --method sdst")
     if method == "transfer" and model in CLASSIFIERS:
         raise ValueError(f"--method transfer goes between GANs and autoencoders; got --model {model}")
     check_read(given, READ_BY, method)
@@ -2019,8 +2197,8 @@ def resolve(given):
                          f"--dataset {', '.join(n for n in DATASETS if DATASETS[n]['classes'])} have them")
     if kind == "classifier":
         s["crop"] = 4
-    s.setdefault("rewind_step", min(1000 if kind == "classifier" else 100 if model == "linear_ae" else 10, s["steps"] // 10))
-    if method in ("imp", "ticket") and not 0 <= s["rewind_step"] < s["steps"]:
+    s.setdefault("rewind_step", 0 if method in SCORED else min(1000 if kind == "classifier" else 100 if model == "linear_ae" else 10, s["steps"] // 10))
+    if method in ("imp", "ticket", *SCORED) and not 0 <= s["rewind_step"] < s["steps"]:
         raise ValueError(f"the rewind step {s['rewind_step']} is not before the last of {s['steps']} steps; "
                          f"pass a smaller --rewind-step or more --steps")
     s.setdefault("prune", s["roles"])
@@ -2029,6 +2207,8 @@ def resolve(given):
     # `strict` (D may never be dense) only changes D's interval; the paper has both variants.
     s["update_every"], s["update_every_D"], s["first_D"] = gan_schedule(s["steps"], s.get("update_every"), s["max_density_D"] < 1)
     s["window"] = s["update_every_D"]
+    if kind != "gan":                                         # RigL's 100 of 97,656 steps, more often in a shorter run
+        s["update_every"] = given.get("update_every", min(100, max(20, s["steps"] // 600)))
     s.setdefault("eval_every", s["steps"] if method == "imp" else max(1, s["steps"] // 10))
     if method != "ddst":
         s.setdefault("density_D", 1.0)
@@ -2104,7 +2284,7 @@ def check_read(given, readers, what):
 def check_least(s):
     """ValueError for a whole number or time below its least value. Not `<`: nan is refused too."""
     for name, least in dict(steps=1, batch_size=2, n_critic=1, z=1, ratio_every=1, seed=0, update_every=0, eval_every=1,
-                            eval_images=1, checkpoint_s=0, rounds=1, rewind_step=0).items():
+                            eval_images=1, checkpoint_s=0, rounds=1, rewind_step=0, score_batches=1).items():
         if s.get(name) is not None and not s[name] >= least:
             raise ValueError(f"{flag(name)} is at least {least}; got {s[name]}")
 
@@ -2270,8 +2450,8 @@ def fitter(job):
 
     def fit(name, nets, masks, start=0, also=None, state=None):
         state, optimizers, ema = {} if state is None else state, make_optimizers(nets, s), nn.ModuleDict()
-        if empty := [weight for weight, mask in masks.items() if not mask.any()]:
-            print(f"{name}: no weight is left in {', '.join(empty)}", flush=True)
+        if empty := [weight for weight, mask in masks.items() if kept({weight: mask}) <= 1 < mask.numel()]:
+            print(f"{name}: at most one weight is left in {', '.join(empty)}", flush=True)
         if s.get("ema"):
             ema["G"] = copy.deepcopy(nets["G"]).requires_grad_(False)
         if gan:
@@ -2279,8 +2459,8 @@ def fitter(job):
                                 window_steps=s["window"], update_every=s["update_every"], how=s["grow"],
                                 control=ddst_control(s, masks), start=start)
         else:
-            state.setdefault("history", [[start, counts_of(masks), []]])
-            state.setdefault("log", role_densities(nets, masks))
+            moves = dynamic_layers(nets, optimizers, masks, state, steps=s["steps"], seed=s["seed"],
+                                   update_every=s["update_every"], how=s["grow"], start=start)
 
         def evaluate(step):
             use = for_use(s, nets, ema)
@@ -2288,12 +2468,11 @@ def fitter(job):
             return measure(use)
 
         def after_step(step, out):
+            moves(step, out)
             if gan:
-                moves(step, out)
                 if step > s["steps"] // 20 and len(state["window"]) == max(1, s["window"] // s["ratio_every"]):
                     explain_ratio(state, step)
-            if also:
-                also(step, out)
+            return also and also(step, out)
 
         done = train(nets, step_function(s, job.images, job.labels, nets, optimizers, masks), s["steps"], optimizers=optimizers,
                      start=start, masks=masks, after_step=after_step, state=state, ema=ema, ema_longest=s.get("ema"),
@@ -2343,17 +2522,17 @@ def draw_pictures(job, nets):
 
 def train_once(job):
     """dense, static, sdst, ddst: one training under masks that stay or move. The methods differ in
-    `start_masks`, in `update_every` (None: G's mask stays) and in `control`."""
+    `start_masks`, in `update_every` (None: masks stay) and in `control`."""
     print_header(job)
     estimate(job)
     return finish(job, fitter(job)(job.settings["method"], job.nets, job.masks))
 
 
-def finish(job, fit, histories=None, first=None, **more):
-    """Leave model.pt, pictures of its weights and summary.json; returns the summary. histories and first as
-    of `summarise`, when there were more trainings than this one."""
+def finish(job, fit, histories=None, first=None, extra_steps=0, **more):
+    """Leave model.pt, pictures of its weights and summary.json; returns the summary. histories, first and
+    extra_steps as of `summarise`, when there was more than this one training."""
     s, folder, use = job.settings, Path(job.settings["out"]), for_use(job.settings, fit.nets, fit.ema)
-    summary = {**summarise(s, fit, histories or [fit.state["history"]], first or fit.done.rows[0]), **more}
+    summary = {**summarise(s, fit, histories or [fit.state["history"]], first or fit.done.rows[0], extra_steps), **more}
     draw_pictures(job, use)                                   # those of another training may stand there
     save_torch(folder / "model.pt", {"format": 1, "weights": use.state_dict(), "settings": identity(s), "masks": to_bool(fit.masks),
                                      "metrics": {k: summary[k] for k in ("metric", "value", "floor", "kid")}})
@@ -2418,23 +2597,89 @@ def open_ticket(s, nets):
 
 def train_ticket(job):
     """ticket: train a saved ticket from its rewind step. transfer: the part of a ticket that fits another model,
-    from step 0. With --controls the same masks on other weights, and shuffled, too."""
-    s, fit, more, start = job.settings, fitter(job), {}, job.settings["rewind_step"] or 0
+    from step 0."""
+    s = job.settings
     print_header(job)
     theta, masks, what = open_ticket(s, job.nets)
     print(what)
     estimate(job, 3 if s["controls"] else 1)
+    return train_masked(job, fitter(job), theta, masks, s["rewind_step"] or 0)
+
+
+def train_masked(job, fit, theta, masks, start, before=(), seconds=0.0, **more):
+    """Train theta x mask from step `start`; with --controls the same mask on other weights, and shuffled, too.
+    before: history of the dense training up to `start`; seconds: what went before took. more: as of `finish`"""
+    s = job.settings
     rewind_(job.nets, theta, masks)
     done = fit(s["method"], job.nets, masks, start)
     if s["controls"]:
         controls = train_controls(s["method"], functools.partial(fresh_networks, s), fit, theta, masks, start, 1, s["seed"])
         more["rounds"] = [{"round": 0, "density": density(masks), **role_densities(job.nets, masks), "dense": None,
                            "ticket": done.metric, **{name: control.metric for name, control in controls.items()}, "verdict": "-"}]
-    return finish(job, done, **more)
+    return finish(job, done, [[*before, *done.state["history"]]], seconds=round(seconds + done.done.seconds, 1), **more)
+
+
+def train_scored(job):
+    """magnitude, snip, grasp: train the dense network to --rewind-step, score it there, prune once, train on."""
+    s, fit, k, before, seconds = job.settings, fitter(job), job.settings["rewind_step"], None, 0.0
+    print_header(job)
+    print(f"  scored at step {k}" + (f" on {n} batches" if (n := s["score_batches"]) else "") + (", with two controls" if s["controls"] else ""))
+    estimate(job, 3 if s["controls"] else 1)
+    if k:
+        before = fit("before", job.nets, {}, 0, lambda step, out: step == k).done
+        seconds = before.seconds
+    theta = {name: value.clone() for name, value in job.nets.state_dict().items()}
+    began = time.perf_counter()
+    masks = one_shot_masks(job)
+    print("  " + ", ".join(f"{100 * share:.2f}% of {name.removeprefix('density_')}" for name, share in role_densities(job.nets, masks).items()) + " kept", flush=True)
+    # A gradient costs a step. GraSP has two, and a backward through the second one and its graph at twice its cost.
+    steps = (s["score_batches"] or 0) * (4 if s["method"] == "grasp" else 1)
+    return train_masked(job, fit, theta, masks, k, [[0, {}, []]] if k else [], seconds + time.perf_counter() - began,
+                        first=before and before.rows[0], extra_steps=steps)
+
+
+def one_shot_masks(job):
+    """Flat masks of magnitude, snip and grasp, by the weights and the losses of job.nets as they stand. A GAN's networks
+    have a loss and a budget each; other models have one of each, over all networks."""
+    s, nets, B, device = job.settings, job.nets, job.settings["batch_size"], job.settings["device"]
+    labels = job.labels if "net" in nets else torch.zeros(len(job.images))
+
+    def draw(k):                                              # a stream of its own; neither mirrored nor cropped
+        index = balanced_index(labels, B, rng(s["seed"], k, "score"))
+        return job.images[index.to(job.images.device)].to(device).float() / 127.5 - 1, labels[index].to(device)
+
+    def noise(k, role, count=1):
+        return latents(count * B, s["z"], s["seed"], k, f"score {role}", device=device)
+
+    def loss_G(k):
+        return generator_loss(s["objective"], nets["D"](nets["G"](noise(k, "G", s["g_batches"]))))
+
+    def loss_D(k):
+        fake = nets["G"](noise(k, "D")).detach()
+        return discriminator_loss(s["objective"], nets["D"](draw(k)[0]), nets["D"](fake))
+
+    def loss_autoencoder(k):
+        return sum(autoencoder_losses(nets, draw(k)[0], noise(k, "noise") if s["objective"] == "variational" else None, s.get("beta")).values())
+
+    def loss_classifier(k):
+        x, truth = draw(k)
+        return F.cross_entropy(nets["net"](x) / (200 if s["method"] == "grasp" else 1), truth)
+
+    parts = [("", nets, loss_classifier if "net" in nets else loss_autoencoder, s["density"])]
+    if "G" in nets:
+        parts = [("G.", nets["G"], loss_G, s["density"])] + [("D.", nets["D"], loss_D, s["density_D"])] * (s["density_D"] < 1)
+    masks = {}
+    for prefix, model, loss, share in parts:
+        if s["method"] == "magnitude":
+            scores = score_magnitude(model)
+        else:
+            scores = (score_snip if s["method"] == "snip" else score_grasp)(model, loss, s["score_batches"], nets.values())
+        masks |= {f"{prefix}{name}": mask for name, mask in prune_masks(best_stays(scores), share).items()}
+    return masks
 
 
 METHODS = {**dict.fromkeys(("dense", "static", "sdst", "ddst"), train_once), "imp": train_imp, "ticket": train_ticket,
-           "transfer": train_ticket}
+           "transfer": train_ticket, **dict.fromkeys(SCORED, train_scored)}
 
 
 def make_optimizers(nets, s):
@@ -2509,7 +2754,7 @@ def print_header(job):
               f"{sum(p.numel() for p in prunable_parameters(net).values()):,} of them prunable"
               + (f", {100 * shares[f'density_{role}']:.1f}% kept" if job.masks else ""))
     print(f"  {s['steps']:,} steps x {f'{n} batches' if (n := s.get('n_critic')) else 'a batch'} of {s['batch_size']}, lr {s['lr']:g}, "
-          f"{s['objective']}" + (f", G's mask moves every {s['update_every']} steps by {s['grow']}" if s["update_every"] else "")
+          f"{s['objective']}" + (f", {'G' if 'G' in nets else 'each layer'}'s mask moves every {s['update_every']} steps by {s['grow']}" if s["update_every"] else "")
           + (f", D's may change every {s['update_every_D']} from step {s['first_D']}, band {s['band'][0]:g} to {s['band'][1]:g}, "
              f"at most {100 * s['max_density_D']:g}%" if s["method"] == "ddst" else ""))
 
@@ -2562,9 +2807,9 @@ def draw_curve(path, rows, title):
     pyplot.close(figure)
 
 
-def summarise(s, fit, histories, first):
+def summarise(s, fit, histories, first, extra_steps=0):
     """The row of --table as a dict; None where something does not apply. histories: of the trainings whose MACs
-    add up; first: the first row of the first of them, untrained if that is of step 0."""
+    add up, and extra_steps as many dense steps; first: the first row of the first of them, untrained if that is of step 0."""
     nets, masks, state, done = fit.nets, fit.masks, fit.state, fit.done
     sizes = {name: w.numel() for name, w in prunable_parameters(nets).items()}
     counts = {**sizes, **counts_of(masks)}
@@ -2590,7 +2835,7 @@ def summarise(s, fit, histories, first):
             "floor": last.get("floor"), "kid": last.get("kid"), "error": last.get("error"),
             "balance_ratio": ratio if math.isfinite(ratio) else None,                 # JSON has no inf
             "parameters": parameters, "kept": parameters - sum(sizes.values()) + sum(counts.values()),
-            "macs": macs, "macs_relative": macs / dense_macs, "training_macs_relative": relative(ratio_every=s["ratio_every"]),
+            "macs": macs, "macs_relative": macs / dense_macs, "training_macs_relative": relative(ratio_every=s["ratio_every"]) + extra_steps / done.step,
             "training_macs_relative_paper": relative(paper=True) if gan else None,
             "seconds": round(done.seconds, 1), "actions_D": state.get("actions", {}),
             "layers": {name: counts[name] / sizes[name] for name in sizes}}

@@ -9,6 +9,7 @@ import copy
 import csv
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -72,7 +73,7 @@ def test_contents_of_the_docstring_are_the_banners_in_order():
     text = (HERE / "lottery.py").read_text()
     banners = re.findall(r"^# (\d+\. [A-Z ]+):", text, re.M)
     contents = re.findall(r"\d+\. [A-Z]+(?: [A-Z]+)*", L.__doc__.split("Contents")[1].split("(search")[0])
-    assert contents == banners and len(banners) == 9
+    assert contents == banners and len(banners) == 10
     ours = re.findall(r"^# (\d+\. [A-Z ]+)$", (HERE / "test_lottery.py").read_text(), re.M)
     assert ours == banners
 
@@ -124,6 +125,16 @@ def test_crops_are_shifts_with_black_at_the_edge_and_labels_go_with_their_images
         assert len(places) == 1
         seen.add(places[0])
     assert len(seen) > 12 and {y for y, _ in seen} == {x for _, x in seen} == set(range(5))
+
+
+def test_scoring_images_are_balanced_over_classes_and_shuffled():
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 2)
+    for k in range(3):
+        index = L.balanced_index(labels, 14, L.rng(0, k, "score"))
+        assert len(index.unique()) == 14 and torch.bincount(labels[index]).tolist() == [6, 6, 2]
+        assert labels[index].tolist() != sorted(labels[index].tolist())
+    assert not torch.equal(index, L.balanced_index(labels, 14, L.rng(0, 0, "score")))
+    assert sorted(L.balanced_index(labels, 82, L.rng(0, 0, "score")).tolist()) == list(range(82))
 
 
 def test_shapes_depend_on_seed_and_index_only_and_have_three_kinds():
@@ -474,7 +485,7 @@ def test_autoencoder_losses_by_a_second_opinion():
     wanted, twin = [p.grad.clone() for p in vae.parameters()], L.build("vae", width=0.05, z=6)
     still = {role: torch.optim.SGD(net.parameters(), 0.0) for role, net in twin.items()}
     losses = L.autoencoder_step(twin, still, x, noise, beta=4.0)["losses"]
-    assert float(losses["error"]) == pytest.approx(float(error), rel=1e-5) and float(losses["KL"]) == pytest.approx(float(kl), rel=1e-4)
+    assert float(losses["error"]) == pytest.approx(error.item(), rel=1e-5) and float(losses["KL"]) == pytest.approx(4 * kl.item(), rel=1e-4)
     largest = max(float(w.abs().max()) for w in wanted)       # biases before a batch norm have noise for a gradient
     assert all(torch.allclose(p.grad, w, rtol=1e-3, atol=1e-5 * largest) for p, w in zip(twin.parameters(), wanted))
     ae = L.build("linear_ae", width=0.1)
@@ -708,7 +719,217 @@ def test_weights_that_became_nan_before_a_mask_update_end_the_run_as_a_diverged_
 
 
 # ==================================================================================================
-# 6. TICKETS
+# 6. SCORES
+
+def worked_example(temperature=1):
+    """Linear layer without bias, two points, mean cross-entropy in float64: (model, loss)."""
+    net = nn.Linear(2, 2, bias=False).double()
+    net.weight.data = torch.tensor([[1, -2], [0.5, 3]]).double()
+    x, y = torch.tensor([[1, 2], [-1, 0.5]]).double(), torch.tensor([0, 1])
+    return net, lambda k: F.cross_entropy(net(x) / temperature, y)
+
+
+def small_net(seed=0):
+    """Every kind of layer, in float64: (model, loss of the k-th batch). Smooth, so that finite differences hold."""
+    torch.manual_seed(seed)
+    norm = torch.nn.utils.parametrizations.spectral_norm
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), norm(nn.ConvTranspose2d(3, 2, 2)), nn.Tanh(), nn.Dropout(0.5),
+                        nn.Flatten(), torch.nn.utils.spectral_norm(nn.Linear(18, 4)), nn.Tanh(), nn.Linear(4, 3)).double()
+    x, y = torch.randn(3, 6, 2, 4, 4).double(), torch.randint(3, (3, 6))
+    return net, lambda k: F.cross_entropy(net(x[k]), y[k])
+
+
+def test_snip_and_grasp_of_the_worked_example():
+    net, loss = worked_example()
+    snip = L.score_snip(net, loss)["weight"]
+    assert torch.allclose(snip / snip.sum(), torch.tensor([[0.091458, 0.345125], [0.045729, 0.517688]]).double(), atol=1e-6)
+    assert torch.allclose(L.score_grasp(net, loss)["weight"], torch.tensor([[-0.001526, -0.000591], [0.000763, -0.000886]]).double(), atol=1e-6)
+    net, loss = worked_example(200)                           # the temperature turns signs round, and the ranking
+    assert torch.allclose(1e8 * L.score_grasp(net, loss)["weight"], torch.tensor([[-4.9659, 15.0178], [2.4830, 22.5267]]).double(), atol=1e-3)
+
+
+@pytest.mark.parametrize("start, loss, wanted", [((1, 1), lambda a, b: (3 * a ** 2 + b ** 2) / 2, (9, 1)), ((1, 2), lambda a, b: a * b, (1, 4))])
+def test_the_sign_of_grasp_keeps_what_carries_the_gradient(start, loss, wanted):
+    net = nn.Linear(2, 1, bias=False).double()
+    net.weight.data = torch.tensor([start]).double()
+    scores = L.score_grasp(net, lambda k: loss(*net.weight[0]))
+    assert scores["weight"].tolist() == [list(wanted)]
+    assert L.prune_masks(scores, 0.5)["weight"].tolist() == [[float(wanted[0] > wanted[1]), float(wanted[1] > wanted[0])]]
+
+
+def test_snip_is_the_finite_difference_of_the_loss_in_every_mask_entry():
+    net, loss = small_net()
+    scores, step = L.score_snip(net, loss, 3), 1e-6
+    assert {n.split(".")[0] for n in scores} == {"0", "3", "7", "9"}
+    with L.scoring(net), torch.no_grad():
+        for name, w in L.prunable_parameters(net).items():
+            for i in range(w.numel()):
+                value, ends = float(w.flatten()[i]), []
+                for sign in (1, -1):
+                    w.data.view(-1)[i] = value * (1 + sign * step)
+                    ends.append(sum(float(loss(k)) for k in range(3)))
+                w.data.view(-1)[i] = value
+                assert float(scores[name].flatten()[i]) == pytest.approx(abs(ends[0] - ends[1]) / 2 / step, rel=1e-4, abs=1e-9), name
+
+
+def test_grasp_is_the_explicit_hessian_times_the_gradient():
+    net, loss = small_net()
+    scores = L.score_grasp(net, loss, 2)
+    weights = L.prunable_parameters(net)
+    sizes, shapes = [w.numel() for w in weights.values()], [w.shape for w in weights.values()]
+    with L.scoring(net):
+        def total(flat):
+            values = {n: part.view(s) for n, part, s in zip(weights, flat.split(sizes), shapes)}
+            # the loss of small_net calls its own net: the values go in by functional_call around a wrapper of it
+            wrapper = nn.Module()
+            wrapper.net, wrapper.forward = net, lambda: loss(0) + loss(1)
+            return torch.func.functional_call(wrapper, {f"net.{n}": v for n, v in values.items()}, ())
+
+        flat = torch.cat([w.detach().flatten() for w in weights.values()])
+        g, H = torch.autograd.functional.jacobian(total, flat), torch.autograd.functional.hessian(total, flat)
+    assert torch.allclose(H, H.T, atol=1e-10) and torch.allclose(torch.cat([s.flatten() for s in scores.values()]), flat * (H @ g), rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("score", [L.score_snip, L.score_grasp])
+def test_scores_depend_on_weights_and_data_only_and_leave_no_trace(score):
+    def marked(seed):                                         # gradients, statistics, vectors and modes as training leaves them
+        G, D = tiny().values()
+        g = torch.Generator().manual_seed(seed)
+        for p in [*G.parameters(), *D.parameters()]:
+            p.grad = torch.randn(p.shape, generator=g)
+        for b in [*G.buffers(), *D.buffers()]:
+            if b.is_floating_point():
+                b.copy_(torch.rand(b.shape, generator=g) + 0.1)
+        G.train(), D.eval()
+        return G, D
+
+    z, real, found = torch.randn(2, 4, 128, generator=L.rng(0, 0, "z")), torch.rand(2, 4, 3, 32, 32), []
+    for seed in (0, 1):
+        G, D = marked(seed)
+        before = [[t.clone() for net in (G, D) for t in (*net.state_dict().values(), *(p.grad for p in net.parameters()))] for _ in range(1)][0]
+        found.append({**score(G, lambda k: L.generator_loss("hinge", D(G(z[k]))), 2, [D]),
+                      **{f"D.{n}": s for n, s in score(D, lambda k: L.discriminator_loss("hinge", D(real[k]), D(G(z[k]).detach())), 2, [G]).items()}})
+        after = [t for net in (G, D) for t in (*net.state_dict().values(), *(p.grad for p in net.parameters()))]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) and G.training and not D.training
+    assert same(*found) and len(found[0]) == len(L.prunable_parameters(tiny()))
+    torch.manual_seed(5)
+    net, loss = small_net()
+    state, ones = torch.get_rng_state(), score(net, loss, 2)
+    assert torch.equal(state, torch.get_rng_state())          # dropout is off: nothing was drawn
+    net[7].weight_u.data = F.normalize(torch.rand_like(net[7].weight_u), dim=0)
+    assert same(ones, score(net, loss, 2))                    # the older spectral norm is settled too
+
+
+def test_scores_of_spectral_norm_are_of_its_settled_vectors():
+    torch.manual_seed(0)
+    layer = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5, bias=False).double())
+    layer.parametrizations.weight[0]._u.copy_(F.normalize(torch.randn(5).double(), dim=0))
+    assert float(torch.linalg.matrix_norm(layer.eval().weight, 2)) > 1.1
+    with L.scoring(layer):
+        assert float(torch.linalg.matrix_norm(layer.weight, 2)) == pytest.approx(1, abs=0.02)
+
+
+def test_a_users_modules_are_scored_or_refused_with_the_reason():
+    torchvision = L.import_torchvision()
+    net, x, y = torchvision.models.resnet18(num_classes=3), torch.randn(2, 3, 32, 32), torch.tensor([0, 2])
+    for score in (L.score_snip, L.score_grasp):
+        scores = score(net, lambda k: F.cross_entropy(net(x), y))
+        assert len(scores) == 21 and L.kept(L.prune_masks(scores, 0.1)) == round(0.1 * sum(s.numel() for s in scores.values()))
+
+    class Tied(nn.Module):                                    # one weight in two layers: one score, of both uses
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x)))
+
+    net, x = Tied(), torch.randn(5, 4)
+    scores = L.score_snip(net, lambda k: net(x).square().mean())
+    g, = torch.autograd.grad(net(x).square().mean(), net.a.weight)
+    assert list(scores) == ["a.weight"] and torch.allclose(scores["a.weight"], (net.a.weight * g).abs())
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    net[0].weight.requires_grad_(False)
+    for score, loss, word in ((L.score_snip, lambda k: net(x).square().mean(), "0.weight is frozen"),
+                              (L.score_grasp, lambda k: net[1](x).square().mean(), "0.weight is frozen")):
+        with pytest.raises(ValueError, match=word):
+            score(net, loss)
+    net.requires_grad_(True)
+    for score in (L.score_snip, L.score_grasp):
+        for loss, word in ((lambda k: net[1](x).square().mean(), "does not depend on 0.weight"), (lambda k: net(x).mean() * math.nan, "not finite"),
+                           (lambda k: F.relu(net(x) - 1e6).mean(), "all scores are 0")):
+            with pytest.raises(ValueError, match=word):
+                score(net, loss)
+    with pytest.raises(ValueError, match="all scores are 0"):
+        L.score_grasp(net[1], lambda k: net[1](x).mean())     # linear in its weights: no curvature
+
+
+def test_summed_losses_starve_the_generator():
+    nets, g = L.build("dcgan", 32, 3, 0.25), L.rng(0, 0, "x")
+    G, D, z, real = nets["G"], nets["D"], torch.randn(64, 64, generator=g), L.batch(L.shapes(100)[0], 0, 64, 0)
+    loss_G = lambda k: L.generator_loss("non-saturating", D(G(z)))
+    loss_D = lambda k: L.discriminator_loss("non-saturating", D(real), D(G(z)))
+    total = lambda scores: sum(float(s.sum()) for s in scores.values())
+    apart, summed = total(L.score_snip(G, loss_G, others=[D])), total(L.score_snip(G, lambda k: loss_G(k) + loss_D(k), others=[D]))
+    assert summed < 0.5 * apart                               # the two losses pull G's weights in opposite directions
+
+
+def test_the_best_of_every_layer_stays_and_magnitude_and_random_scores_are_what_they_say():
+    scores = {"a": torch.tensor([-5.0, -4.0, -6.0]), "b": torch.arange(8.0)}
+    assert L.prune_masks(scores, 4 / 11)["a"].sum() == 0
+    masks = L.prune_masks(L.best_stays(scores), 4 / 11)
+    assert masks["a"].tolist() == [0, 1, 0] and masks["b"].tolist() == [0] * 5 + [1] * 3 and scores["a"].tolist() == [-5, -4, -6]
+    masks = L.prune_masks(L.best_stays(scores, {"a": torch.tensor([1.0, 0, 1]), "b": masks["b"]}), 3 / 11, {"a": torch.tensor([1.0, 0, 1]), "b": masks["b"]})
+    assert masks["a"].tolist() == [1, 0, 0]
+    net = tiny("dcgan")
+    assert all(torch.equal(s, L.prunable_parameters(net)[n].abs()) for n, s in L.score_magnitude(net).items())
+    one, two = (L.score_random(net, L.rng(0, k, "x")) for k in (0, 1))
+    assert not same(one, two) and all(0 <= s.min() and s.max() < 1 and s.shape == L.prunable_parameters(net)[n].shape for n, s in one.items())
+
+
+@pytest.mark.parametrize("model", ["dcgan", "vae", "ae", "resnet14"])
+@pytest.mark.parametrize("method", ["snip", "grasp"])
+def test_the_command_lines_masks_are_by_each_networks_own_loss_and_budget(model, method):
+    s = L.resolve({"method": method, "dataset": "shapes", "model": model, "width": 0.05, "batch_size": 9, "density": 0.2, "score_batches": 2,
+                   "device": "cpu", **({"density_D": 0.4} if model == "dcgan" else {})})
+    (images, labels), nets = L.shapes(60), L.fresh_networks(s)
+    job = L.Job(s, images, labels, images, labels, None, nets, {})
+    before = copied(nets)
+    masks = L.one_shot_masks(job)
+    assert same(before, nets.state_dict())
+    real, truth = [], []
+    for k in range(2):
+        index = L.balanced_index(labels if model == "resnet14" else torch.zeros(60), 9, L.rng(0, k, "score"))
+        real, truth = [*real, images[index].float() / 127.5 - 1], [*truth, labels[index]]
+    draw = lambda k, role, z: torch.randn(9, z, generator=L.rng(0, k, f"score {role}"))
+    score = L.score_snip if method == "snip" else L.score_grasp
+    if model == "dcgan":
+        G, D = nets["G"], nets["D"]
+        softplus = F.softplus
+        parts = [("G", 0.2, score(G, lambda k: softplus(-D(G(draw(k, "G", 64)))).mean(), 2, [D])),
+                 ("D", 0.4, score(D, lambda k: softplus(-D(real[k])).mean() + softplus(D(G(draw(k, "D", 64)).detach())).mean(), 2, [G]))]
+        for role, share, scores in parts:
+            mine = L.of_role(masks, role)
+            assert same(mine, L.prune_masks(L.best_stays(scores), share))
+            assert L.kept(mine) == round(share * sum(m.numel() for m in mine.values()))
+        return
+    if model == "resnet14":
+        loss = lambda k: F.cross_entropy(nets["net"](real[k]) / (200 if method == "grasp" else 1), truth[k])
+    elif model == "ae":
+        loss = lambda k: F.mse_loss(nets["decoder"](nets["encoder"](real[k])), real[k])
+    else:
+        def loss(k):
+            mean, log_variance = nets["encoder"](real[k]).chunk(2, 1)
+            image = nets["decoder"](mean + draw(k, "noise", 64) * (log_variance / 2).exp())
+            return (image - real[k]).square().sum() / 9 + 0.5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).sum() / 9
+    theirs = L.prune_masks(L.best_stays(score(nets, loss, 2)), 0.2)
+    agree = sum(int((masks[n] == theirs[n]).sum()) for n in masks) / sum(m.numel() for m in masks.values())
+    assert agree > 0.999 and L.kept(masks) == L.kept(theirs)  # sums in another order: ties may fall the other way
+
+
+# ==================================================================================================
+# 7. TICKETS
 
 def test_the_whole_idea_in_one_page_finds_winning_tickets():
     results = L.two_layer_tickets(rounds=6, steps=300)
@@ -927,7 +1148,7 @@ def test_a_decoder_ticket_goes_into_a_generator_and_back_as_the_same_tensors():
 
 
 # ==================================================================================================
-# 7. DYNAMIC SPARSE TRAINING
+# 8. DYNAMIC SPARSE TRAINING
 
 def layers(seed=0):
     """Weights, masks and gradients of two layers, masked at about a half."""
@@ -954,6 +1175,16 @@ def test_a_weight_dropped_and_grown_back_keeps_its_value_and_is_not_new():
     assert w["w"].tolist() == [[5, 1, 0]] and m["w"].tolist() == [[1, 1, 0]] and not grown["w"].any()
 
 
+def test_an_exchange_keeps_its_count_where_little_may_be_dropped():
+    # Four of the six kept weights are the largest of their rows: two may be dropped, so two are grown, not five.
+    w = {"w": torch.tensor([[5.0, 0, 0], [4, 1, 0], [3, 2, 0], [6, 0, 0]])}
+    m, g = {"w": (w["w"] != 0).float()}, {"w": torch.ones(4, 3)}
+    grown, drop, grow = L.drop_and_grow_(w, m, g, 5, 5)
+    assert (drop, grow) == (2, 2) and int(m["w"].sum()) == 6
+    _, drop, grow = L.drop_and_grow_(w, m, g, 5, 8)           # a net gain of three stays one
+    assert grow - drop == 3 and int(m["w"].sum()) == 9
+
+
 @pytest.mark.parametrize("how", ["gradient", "random"])
 @pytest.mark.parametrize("case", ["normal", "zero gradients", "all equal", "ties"])
 def test_counts_stay_exact_and_no_row_dies(how, case):
@@ -968,7 +1199,7 @@ def test_counts_stay_exact_and_no_row_dies(how, case):
         masks_before = {n: m.clone() for n, m in masks.items()}
         grown, dropped, grew = L.drop_and_grow_(weights, masks, gradients, drop, grow, how, L.rng(0, 0, "g"))
         assert L.kept(masks) == kept_before - dropped + grew
-        assert dropped == min(drop, kept_before - 11) and grew == min(grow, 366 - kept_before + dropped)     # 11 rows
+        assert dropped == min(drop, kept_before - 11) and grew == max(0, min(grow - drop, 366 - kept_before) + dropped)     # 11 rows
         assert all(bool(m.flatten(1).any(1).all()) for m in masks.values())
         for n in masks:
             assert bool((weights[n][masks[n] == 0] == 0).all()) and bool((weights[n][grown[n]] == 0).all())
@@ -1032,6 +1263,60 @@ def test_optimizer_state_at_grown_weights_is_seeded_and_elsewhere_untouched(opti
     for key, value in wanted.items():
         state = steps.state[weight][key]
         assert bool((state[grown] == value).all()) and torch.equal(state[~grown], before[key][~grown])
+
+
+@pytest.mark.parametrize("model, how", [("resnet14", "gradient"), ("vae", "gradient"), ("ae", "random")])
+def test_rigl_and_set_exchange_the_schedules_share_of_every_layer_and_nothing_after_three_quarters(model, how, monkeypatch):
+    steps, every = 40, 4
+    s = settings(method="sdst", model=model, steps=steps, update_every=every, grow=how)
+    nets, calls, state, before = L.fresh_networks(s), [], {}, {}
+    masks, (images, labels) = L.start_masks(s, nets), L.shapes(60)
+    counts, optimizers, weights = L.counts_of(masks), L.make_optimizers(nets, s), L.prunable_parameters(nets)
+    assert all(L.density(L.of_role(masks, role)) == pytest.approx(0.3, abs=0.01) for role in nets) and min(c for c in counts.values()) > 0
+    real = L.drop_and_grow_
+
+    def watched(w, part, gradients, drop, grow, *more):
+        (name, mask), = part.items()                          # one layer at a time
+        old, kind = mask.clone(), "momentum_buffer" if model == "resnet14" else "exp_avg"
+        grown, dropped, grew = real(w, part, gradients, drop, grow, *more)
+        calls.append((name, drop, grow, dropped, grew))
+        assert torch.equal(gradients[name], weights[name].grad) and (weights[name].data[mask == 0] == 0).all()
+        if how == "gradient" and grown[name].any():           # the grown have the largest gradients of what was not kept
+            free = (mask == 0)
+            assert not free.any() or gradients[name].abs()[grown[name]].min() >= gradients[name].abs()[free & (old == 0)].max()
+        before[name] = (grown[name], optimizers[name.split(".")[0]].state[weights[name]][kind].clone())
+        return grown, dropped, grew
+
+    monkeypatch.setattr(L, "drop_and_grow_", watched)
+    after = L.dynamic_layers(nets, optimizers, masks, state, steps=steps, seed=0, update_every=every, how=how)
+    step_fn, history = L.step_function(s, images, labels, nets, optimizers, masks), []
+    for step in range(1, steps + 1):
+        out = step_fn(step - 1)
+        calls.clear(), before.clear()
+        after(step, out)
+        assert L.counts_of(masks) == counts
+        if step % every or step >= 30:
+            assert not calls
+            continue
+        share = 0.15 * (1 + math.cos(math.pi * step / 30))
+        live = {n: c for n, c in counts.items() if c < masks[n].numel()}
+        assert {c[0]: c[1:3] for c in calls} == {n: (int(share * c), int(share * c)) for n, c in live.items()}
+        for name, (new, old_moment) in before.items():        # momentum and first moments: 0 where grown, as they were elsewhere
+            state_ = optimizers[name.split(".")[0]].state[weights[name]]
+            moment = state_["momentum_buffer" if model == "resnet14" else "exp_avg"]
+            assert (moment[new] == 0).all() and torch.equal(moment[~new], old_moment[~new])
+            if model != "resnet14":
+                assert torch.equal(state_["exp_avg_sq"][new], weights[name].grad[new] ** 2)
+        history.append(step)
+        assert state["history"][-1][2] == ([] if how == "random" else sorted({c[0].split(".")[0] for c in calls if c[4]}))
+    assert [entry[0] for entry in state["history"]] == [0, *history] and history == [4, 8, 12, 16, 20, 24, 28]
+    assert state["history"][1][2] == ([] if how == "random" else sorted(nets))
+
+
+def test_intervals_of_rigl_scale_with_the_run():
+    every = lambda **given: L.resolve({"method": "sdst", "model": "resnet20", "dataset": "shapes", "device": "cpu", **given})["update_every"]
+    assert [every(steps=n) for n in (62_560, 40_000, 3000, 10)] == [100, 66, 20, 20] and every(steps=3000, update_every=7) == 7
+    assert every(steps=3000, update_every=0) == 0
 
 
 def test_the_share_exchanged_falls_by_a_cosine_from_a_half_to_a_two_hundredth():
@@ -1243,7 +1528,7 @@ def test_the_average_has_only_kept_weights_right_after_a_mask_moved():
 
 
 # ==================================================================================================
-# 8. METRICS
+# 9. METRICS
 
 def test_frechet_distance_of_the_worked_example_and_its_laws():
     t = lambda rows: torch.tensor(rows, dtype=torch.float64)
@@ -1401,10 +1686,15 @@ def test_training_macs_reproduce_the_published_totals_and_count_growth_and_ratio
     assert one({}, ratio_every=1) - one({}) == 128 * (f_G + f_D) + 64 * f_D
     places, weights = {"a": 4, "b": 1}, {"a": 10, "b": 5}
     assert L.training_macs([[2, {"a": 3}, []]], 12, places, weights, batch_size=7) == 10 * 7 * 3 * (4 * 3 + 5)
+    # RigL, one update per ten steps: (3 f_S (10 - 1) + 2 f_S + f_D) / 10 a step, only where a network's gradient was read
+    f_S, f_D, names = 4 * 3 + 5, 4 * 10 + 5, {"e.a": 4, "d.b": 1}
+    history = [[10 * k, {"a": 3}, ["a", "b"]] for k in range(1, 4)]
+    assert L.training_macs(history, 40, places, weights, 7) == 3 * 7 * (3 * f_S * 9 + 2 * f_S + f_D)
+    assert L.training_macs([[0, {"e.a": 3}, ["d"]]], 1, names, {"e.a": 10, "d.b": 5}, 7) == 7 * 3 * f_S
 
 
 # ==================================================================================================
-# 9. COMMAND LINE
+# 10. COMMAND LINE
 
 def refused(capsys, argv, *words, code=2):
     """main(argv) ends with `code` and one line on stderr that holds `words`; nothing is written."""
@@ -1423,7 +1713,10 @@ def empty(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("argv, words", [
-    ("--method imp2", ["imp2", "dense, static, sdst, ddst, imp, ticket, transfer"]),
+    ("--method imp2", ["imp2", "dense, static, sdst, ddst, imp, ticket, transfer, magnitude, snip, grasp"]),
+    ("--method snip --steps 9 --rewind-step 9", ["rewind step 9"]), ("--method magnitude --score-batches 3", ["--score-batches", "snip, grasp"]),
+    ("--method snip --score-batches 0", ["--score-batches", "at least 1"]), ("--method grasp --density-D 0.5", ["--density-D", "resnet20"]),
+    ("--method snip --density 1.5", ["(0, 1]"]), ("--method grasp --rounds 2", ["--rounds"]), ("--method ddst --model ae", ["GAN", "ae", "--method sdst"]),
     ("--method imp --rounds 3 --density 0.5", ["--density", "--rounds"]), ("--method imp --model ae --prune G", ["G", "encoder, decoder"]),
     ("--method imp --steps 50 --rewind-step 50", ["rewind step 50", "50 steps"]), ("--method imp --rounds 0", ["--rounds", "at least 1"]),
     ("--method imp --prune-rate 1", ["prune rate", "(0, 1)"]), ("--method imp --prune-rate nan", ["prune rate"]),
@@ -1434,7 +1727,7 @@ def empty(tmp_path, monkeypatch):
     ("--method dense --model vae --n-critic 2", ["--n-critic", "vae", "sngan"]), ("--method dense --model dcgan --beta 2", ["--beta", "vae"]),
     ("--method dense --model vae --beta nan", ["--beta"]), ("--method dense --model resnet20 --z 3", ["--z"]),
     ("--method dense --model ae --features inception", ["--features"]), ("--method dense --model resnet20 --dataset celeba", ["labels", "cifar10"]),
-    ("--method sdst --model ae", ["GAN", "ae"]), ("--method dense --model vae --image-size 40", ["32, 48 or 64"]), ("--model resnet20 --method ddst", ["resnet20", "sngan", "dcgan"]),
+    ("--method dense --model vae --image-size 40", ["32, 48 or 64"]), ("--model resnet20 --method ddst", ["resnet20", "sngan", "dcgan"]),
     ("--dataset imagenot", ["imagenot", "celeba", "folder of images"]),
     ("--density 0", ["(0, 1]", "got 0"]), ("--density 1.5", ["(0, 1]", "1.5"]), ("--density nan", ["(0, 1]", "nan"]),
     ("--density-D 0", ["--density-D", "(0, 1]"]), ("--method dense --density 0.5", ["--density", "not read by dense", "static, sdst, ddst"]),
@@ -1539,19 +1832,25 @@ def test_what_continues_with_other_features_sets_no_two_distances_side_by_side()
 
 
 @pytest.mark.parametrize("method", L.METHODS)
-def test_every_method_as_a_real_command_runs_refuses_continues_and_loads(tmp_path, method):
-    def command(*more):
-        return subprocess.run([sys.executable, HERE / "lottery.py", "--method", method, "--steps", "3", "--batch-size", "4",
-                               "--eval-images", "640", *more], cwd=tmp_path, capture_output=True, text=True)
+def test_every_method_as_a_real_command_runs_refuses_continues_and_loads(empty, tmp_path, capsys, method):
+    """What is refused is a real command for every method; what runs is one for ddst, and goes through main() for the others."""
+    def command(*more, real=method == "ddst"):
+        argv = ["--method", method, "--steps", "3", "--batch-size", "4", "--eval-images", "640", *more]
+        if real:
+            return subprocess.run([sys.executable, HERE / "lottery.py", *argv], cwd=tmp_path, capture_output=True, text=True)
+        capsys.readouterr()
+        code = L.main(argv)
+        return subprocess.CompletedProcess(argv, code, *capsys.readouterr())
 
     flags = {"dense": ["--model", "dcgan"], "imp": ["--rounds", "2", "--prune-rate", "0.45", "--rewind-step", "1", "--controls"],
              "ticket": ["--ticket", "t.pt", "--controls"], "transfer": ["--ticket", "t.pt", "--model", "dcgan"]}.get(method, ["--density", "0.3"])
+    flags = flags + ["--model", "vae", "--rewind-step", "1"] * (method in L.SCORED)
     if method in ("ticket", "transfer"):
         a_ticket(tmp_path / "t.pt", "vae", 0.03, 0.3)
     else:
         flags += ["--width", "0.03"]
     before = {p.name for p in tmp_path.iterdir()}
-    bad = command(*flags, "--lr", "-7")
+    bad = command(*flags, "--lr", "-7", real=True)
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and {p.name for p in tmp_path.iterdir()} == before
     done = command(*flags)
     folder, = (tmp_path / "runs").iterdir()
@@ -1572,9 +1871,9 @@ def test_every_method_as_a_real_command_runs_refuses_continues_and_loads(tmp_pat
         assert share == pytest.approx(0.3, abs=0.06 if method == "transfer" else 0.02)     # D's head is fresh and dense
     names = {"config.json", "metrics.csv", "model.pt", "samples.png", "summary.json"}
     dones = {"imp": ["dense"] + [f"round-0{k}{end}" for k in (1, 2) for end in ("", "-random", "-shuffled")],
-             "ticket": ["ticket", "ticket-random", "ticket-shuffled"]}.get(method, [method])
+             "ticket": ["ticket", "ticket-random", "ticket-shuffled"]}.get(method, ["before"] * (method in L.SCORED) + [method])
     names |= {f"done-{name}.pt" for name in dones} | ({"ticket-01.pt", "ticket-02.pt"} if method == "imp" else set())
-    names |= {"reconstructions.png"} if method == "ticket" else set()
+    names |= {"reconstructions.png"} if summary["model"] == "vae" else set()
     assert {p.name for p in folder.iterdir()} - {"curve.png"} == names
     again = command(*flags)
     assert again.returncode == 0 and "is finished" in again.stdout and again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
@@ -1595,6 +1894,44 @@ def test_a_ticket_of_a_run_folder_is_its_winning_one_and_trains_to_the_very_same
     ends = [row for row in csv.DictReader(open(empty / "r/metrics.csv", newline="")) if row["step"] in ("3", "20") and row["metric"]]
     assert len(ends) == 1 + 2 * 9 and summary["training_macs_relative"] == pytest.approx(
         (20 + 17 * sum(0.8 ** k for k in (1, 2, 3))) / 20, rel=0.01)       # linear layers: MACs are weights
+
+
+@pytest.mark.parametrize("method", ["magnitude", "snip", "grasp"])
+def test_one_shot_pruning_starts_from_the_weights_of_the_rewind_step_and_trains_on_as_a_ticket(empty, capsys, method):
+    """At step 3: dense weights of step 3 times the mask; the same training as `--method ticket` from such a ticket."""
+    flags = "--model linear_ae --width .2 --steps 20".split()
+    score = {"magnitude": [], "snip": ["--score-batches", "2"], "grasp": ["--score-batches", "2"]}[method]
+    assert L.main(["--method", method, *flags, *score, "--density", ".2", "--rewind-step", "3", "--controls", "--out", "s"]) == 0
+    assert L.main(["--method", "imp", *flags, "--rounds", "1", "--rewind-step", "3", "--out", "i"]) == 0
+    ticket, saved, before = (L.load_torch(empty / name) for name in ("i/ticket-01.pt", "s/model.pt", "s/done-before.pt"))
+    assert same(before["weights"], ticket["theta"]) and before["step"] == 3
+    share = sum(int(m.sum()) for m in saved["masks"].values()) / sum(m.numel() for m in saved["masks"].values())
+    assert share == pytest.approx(0.2, abs=1e-3)
+    if method == "magnitude":
+        wanted = L.prune_masks(L.best_stays({n: ticket["theta"][n].abs() for n in saved["masks"]}), 0.2)
+        assert same({n: m.float() for n, m in saved["masks"].items()}, wanted)
+    L.save_ticket(empty / "t.pt", ticket["theta"], saved["masks"], ticket["settings"], 1, {})
+    assert L.main("--method ticket --ticket t.pt --controls --out t".split()) == 0
+    a, b = (json.loads((empty / out / "summary.json").read_text()) for out in "st")
+    assert a["value"] == b["value"] and a["rounds"][0]["random"] == b["rounds"][0]["random"] and same(saved["weights"], L.load_torch(empty / "t/model.pt")["weights"])
+    scoring = {"magnitude": 0, "snip": 2, "grasp": 8}[method]
+    assert a["training_macs_relative"] == pytest.approx((scoring + 3 + 17 * 0.2) / 20, abs=1e-3)       # linear layers: MACs are weights
+    rows = [row for row in csv.DictReader(open(empty / "s/metrics.csv", newline="")) if row["metric"]]
+    assert rows[0]["step"] == "0" and float(rows[0]["metric"]) == a["untrained"]
+    assert f"scored at step 3" in capsys.readouterr().out
+
+
+def test_a_layer_with_one_weight_is_named(empty, capsys):
+    assert L.main("--method magnitude --model linear_ae --width .2 --steps 2 --density .003 --out s".split()) == 0
+    said = re.findall(r"at most one weight is left in (.*)", capsys.readouterr().out)
+    masks = L.load_torch(empty / "s/model.pt")["masks"]
+    assert said and set(said[0].split(", ")) == {n for n, m in masks.items() if int(m.sum()) == 1}
+
+
+def test_scores_that_rank_nothing_end_the_run_in_one_line(empty, capsys, monkeypatch):
+    monkeypatch.setattr(L, "generator_loss", lambda objective, fake: 0 * fake.sum())
+    assert L.main(["--method", "snip", "--model", "sngan", *TINY, "--steps", "2"]) == 2
+    assert "all scores are 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model", ["ae", "vae", "wgan", "resnet14"])
@@ -1735,35 +2072,50 @@ def test_a_run_that_would_take_days_names_a_command_that_fits(empty, capsys, mon
     assert given == dict(steps=2400, width=0.25, band=[0.5, 0.6], out="it's-small", method="ddst", dataset="shapes", n_critic=1, batch_size=16)
 
 
-KILLER = """
-import os, signal, sys
-import lottery as L
-when, count, n, steps = sys.argv[1], int(sys.argv[2]), 0, 0
+def main_killed(said, when, count, argv):
+    """main(argv), in a process of its own that is killed at the `count`-th step, or before, during or after the
+    `count`-th write of a checkpoint, ticket or table. What it prints goes into the file `said`."""
+    file = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(file, 1), os.dup2(file, 2)
+    writes, steps, write_atomically, kill = [0], [0], L.write_atomically, lambda: os.kill(os.getpid(), signal.SIGKILL)
 
-def write_atomically(path, write, real=L.write_atomically):
-    global n
-    n += path.name in ("last.pt", "metrics.csv") or path.name.startswith(("done-", "ticket-"))
-    if n == count and when == "before": os.kill(os.getpid(), signal.SIGKILL)
-    def half(file):
-        write(file)
-        if n == count and when == "during":
-            file.flush(); os.ftruncate(file.fileno(), file.tell() // 2); os.kill(os.getpid(), signal.SIGKILL)
-    real(path, half)
-    if n == count and when == "after": os.kill(os.getpid(), signal.SIGKILL)
+    def write(path, write):
+        writes[0] += path.name in ("last.pt", "metrics.csv") or path.name.startswith(("done-", "ticket-"))
+        here = writes[0] == count and when
 
-L.write_atomically = write_atomically
-step = L.gan_step
+        def half(file):
+            write(file)
+            if here == "during":
+                file.flush(), os.ftruncate(file.fileno(), file.tell() // 2), kill()
 
-def gan_step(*args):
-    out = step(*args)
-    global steps
-    steps += 1
-    if when == "step" and steps == count: os.kill(os.getpid(), signal.SIGKILL)
-    return out
+        if here == "before":
+            kill()
+        write_atomically(path, half)
+        if here == "after":
+            kill()
 
-L.gan_step = gan_step
-sys.exit(L.main(sys.argv[3:]))
-"""
+    def counted(step):
+        def counting(*args):
+            out = step(*args)
+            steps[0] += 1
+            if when == "step" and steps[0] == count:
+                kill()
+            return out
+        return counting
+
+    L.write_atomically, L.gan_step, L.classifier_step = write, counted(L.gan_step), counted(L.classifier_step)
+    L.draw_pictures = lambda *args: None                      # pictures are not compared, and torchvision takes a second
+    sys.exit(L.main(argv))
+
+
+def run_killed(folder, argv, when="never", count=0):
+    """(exit code, what was printed) of main_killed. The processes are forked from one that has imported torch."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "numpy", "pytest", "torch.nn.utils.prune"])
+    process = context.Process(target=main_killed, args=(str(folder / "said"), when, count, argv))
+    process.start()
+    process.join()
+    return process.exitcode, (folder / "said").read_text()
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
@@ -1772,21 +2124,20 @@ def test_tickets_killed_in_every_kind_of_training_and_started_again_are_bit_iden
              "--checkpoint-s", "0"]
 
     def start(out, when="never", count=0):
-        return subprocess.run([sys.executable, "-c", KILLER, when, str(count), *flags, "--out", str(tmp_path / out)],
-                              cwd=HERE, capture_output=True, text=True)
+        return run_killed(tmp_path, [*flags, "--out", str(tmp_path / out)], when, count)
 
     # Steps: dense 12, then six trainings of 10. Every start estimates with 2 steps first, and then goes on where it was.
     continued = []
     for when, count, there in (("step", 10, "last.pt"), ("before", 10, "last.pt"), ("step", 11, "done-dense.pt"), ("step", 11, "done-round-01.pt"),
                                ("step", 14, "done-round-01-random.pt"), ("during", 12, "done-round-01-shuffled.pt"), ("step", 13, "ticket-01.pt")):
-        done = start("killed", when, count)
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        code, said = start("killed", when, count)
+        assert code == -signal.SIGKILL, said
         assert (tmp_path / "killed" / there).exists(), sorted(p.name for p in (tmp_path / "killed").iterdir())
-        continued.append(re.findall(r"(\S+): continuing from step", done.stdout))
-    done = start("killed")
-    assert done.returncode == 0, done.stderr
+        continued.append(re.findall(r"(\S+): continuing from step", said))
+    code, said = start("killed")
+    assert code == 0, said
     assert {name for names in continued for name in names} >= {"dense", "round-01-random"}, continued
-    assert start("whole").returncode == 0
+    assert start("whole")[0] == 0
     for name in [p.name for p in (tmp_path / "whole").glob("*.pt")]:
         a, b = (L.load_torch(tmp_path / out / name) for out in ("killed", "whole"))
         for key in {"weights", "masks", "ema", "theta"} & set(a):
@@ -1801,20 +2152,19 @@ def test_tickets_killed_in_every_kind_of_training_and_started_again_are_bit_iden
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 @pytest.mark.parametrize("method, model", [("ddst", "sngan"), ("dense", "dcgan")])
 def test_killed_at_several_moments_and_started_again_is_bit_identical(tmp_path, method, model):
-    flags = ["--method", method, "--model", model, *TINY, "--steps", "90", "--eval-every", "30", "--checkpoint-s", "0",
+    flags = ["--method", method, "--model", model, *TINY, "--steps", "60", "--eval-every", "30", "--checkpoint-s", "0",
              *(["--update-every", "7"] if method == "ddst" else [])]
 
     def start(out, when="never", count=0):
-        return subprocess.run([sys.executable, "-c", KILLER, when, str(count), *flags, "--out", str(tmp_path / out)],
-                              cwd=HERE, capture_output=True, text=True)
+        return run_killed(tmp_path, [*flags, "--out", str(tmp_path / out)], when, count)
 
     # Writes go metrics.csv, last.pt, metrics.csv, ... : in a step, in a half-written checkpoint or table, between the two.
-    for when, count in (("step", 12), ("during", 60), ("before", 31), ("during", 30), ("after", 20)):
-        done = start("killed", when, count)
-        assert done.returncode == -signal.SIGKILL, done.stderr
-    done = start("killed")
-    assert done.returncode == 0 and "continuing from step" in done.stdout, done.stderr
-    assert start("whole").returncode == 0
+    for when, count in (("step", 12), ("during", 40), ("before", 21), ("during", 20), ("after", 14)):
+        code, said = start("killed", when, count)
+        assert code == -signal.SIGKILL, said
+    code, said = start("killed")
+    assert code == 0 and "continuing from step" in said, said
+    assert start("whole")[0] == 0
     a, b = (L.load_torch(tmp_path / out / f"done-{method}.pt") for out in ("killed", "whole"))
     for key in ("weights", "masks", "ema"):
         assert same(a[key], b[key]), key
@@ -1823,7 +2173,7 @@ def test_killed_at_several_moments_and_started_again_is_bit_identical(tmp_path, 
         assert a["state"]["history"] == b["state"]["history"] and a["state"]["window"] == b["state"]["window"]
     rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(tmp_path / out / "metrics.csv", newline=""))]
             for out in ("killed", "whole")]
-    assert rows[0] == rows[1] and len(rows[0]) == 91
+    assert rows[0] == rows[1] and len(rows[0]) == 61
     a, b = (L.load_torch(tmp_path / out / "model.pt") for out in ("killed", "whole"))
     assert same(a["weights"], b["weights"])
 
