@@ -1207,10 +1207,11 @@ def score_grasp(model, loss, batches=1, others=()):
     """
     with scoring(model, *others):
         weights = scorable(model)
-        products = [torch.zeros_like(w) for w in weights.values()]
-        sums = summed_gradients(weights, loss, batches)
-        for k in range(batches):
-            gradients = torch.autograd.grad(loss(k), list(weights.values()), create_graph=True)
+        products, last = [torch.zeros_like(w) for w in weights.values()], batches - 1
+        gradients = checked_gradients(weights, loss(last), create_graph=True)
+        sums = [a + g.detach() for a, g in zip(summed_gradients(weights, loss, last), gradients)]
+        for k in reversed(range(batches)):                    # the last batch's graph is there already
+            gradients = gradients if k == last else checked_gradients(weights, loss(k), create_graph=True)
             inner = sum((stop * g).sum() for stop, g in zip(sums, gradients))
             # Where the loss is linear in a weight there is no second derivative: 0, no error.
             parts = torch.autograd.grad(inner, list(weights.values()), allow_unused=True) if inner.requires_grad else []
@@ -1224,12 +1225,16 @@ def summed_gradients(weights, loss, batches):
     """[dL/dw for every weight], signed, summed over loss(0), loss(1), ..."""
     sums = [torch.zeros_like(w) for w in weights.values()]
     for k in range(batches):
-        gradients = torch.autograd.grad(loss(k), list(weights.values()), allow_unused=True)
-        for name, sum_, part in zip(weights, sums, gradients):
-            if part is None:
-                raise ValueError(f"the loss does not depend on {name}, so it has no score; leave that layer out of the model")
-            sum_ += part
+        torch._foreach_add_(sums, checked_gradients(weights, loss(k)))
     return sums
+
+
+def checked_gradients(weights, loss, create_graph=False):
+    """dL/dw of every weight; ValueError for one that the loss does not depend on."""
+    gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=create_graph, allow_unused=True)
+    if missing := [name for name, g in zip(weights, gradients) if g is None]:
+        raise ValueError(f"the loss does not depend on {missing[0]}, so it has no score; leave that layer out of the model")
+    return gradients
 
 
 def scorable(model):

@@ -2111,7 +2111,7 @@ def main_killed(said, when, count, argv):
 def run_killed(folder, argv, when="never", count=0):
     """(exit code, what was printed) of main_killed. The processes are forked from one that has imported torch."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "numpy", "pytest", "torch.nn.utils.prune"])
+    context.set_forkserver_preload(["torch", "torch._dynamo", "numpy", "pytest", "torch.nn.utils.prune"])      # optimizers import dynamo, a second
     process = context.Process(target=main_killed, args=(str(folder / "said"), when, count, argv))
     process.start()
     process.join()
@@ -2338,6 +2338,36 @@ def bench_step(pairs=100):
           f"({1e3 * median(ratio):.1f} ms each; wanted <= 0.03)")
 
 
+def bench_scores(batch_size):
+    """One score over one gradient evaluation, in turn; and how far two disjoint sets of scoring batches agree."""
+    net, (images, labels) = L.build("resnet20", 32, 3)["net"].train(), L.shapes(batch_size)
+    x = images.float() / 127.5 - 1
+    loss, weights = lambda k: F.cross_entropy(net(x), labels), list(L.prunable_parameters(net).values())
+    runs = (lambda: torch.autograd.grad(loss(0), weights), lambda: L.score_snip(net, loss), lambda: L.score_grasp(net, loss))
+    turns = [[timed(run, 1) for run in runs] for _ in range(9)][1:]
+    for name, place, wanted in (("SNIP", 1, 1.5), ("GraSP", 2, 6)):
+        print(f"one score by {name} over one gradient evaluation, resnet20, batch {batch_size}: {median([t[place] / t[0] for t in turns]):.2f}   "
+              f"({1e3 * median([t[place] for t in turns]):.0f} ms, {1e3 * median([t[0] for t in turns]):.0f} ms; wanted <= {wanted})")
+
+
+def bench_agreement(data="data", share=0.2):
+    """make bench with data/cifar-10-batches-py there: the share of kept weights that two sets of scoring batches have in common."""
+    for model, dataset in (("resnet20", "cifar10"), ("vae", "cifar10"), ("dcgan", "fashion_mnist")):
+        for method in ("snip", "grasp"):
+            line = []
+            for n in (1, 4, 16):
+                masks = []
+                for seed in (0, 1):                           # the same weights, other batches
+                    s = L.resolve(dict(method=method, model=model, dataset=dataset, data=data, width=0.5 if model == "resnet20" else 0.25,
+                                       batch_size=64, density=share, score_batches=n, device="cpu", **{"density_D": share} if model == "dcgan" else {}))
+                    nets = L.fresh_networks(s)
+                    job = L.load_job(s, nets, {})
+                    masks.append(L.one_shot_masks(job._replace(settings={**job.settings, "seed": seed})))
+                both = {name: mask * masks[1][name] for name, mask in masks[0].items()}
+                line.append(f"{n}: {L.kept(both) / L.kept(masks[0]):.0%}")
+            print(f"{method} of {model} on {dataset}, {share:.0%} kept: batches of 64 and share kept by both: {', '.join(line)}")
+
+
 def bench():
     torch.set_num_threads(THREADS)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; ratios of one run, medians")
@@ -2347,6 +2377,10 @@ def bench():
     bench_step()
     bench_masks("dcgan", 16)
     bench_masks("sngan", 4)
+    bench_scores(64)
+    bench_scores(128)
+    if (HERE / "data/cifar-10-batches-py").exists() and (HERE / "data/FashionMNIST").exists():
+        bench_agreement(HERE / "data")
 
 
 if __name__ == "__main__":
