@@ -6,7 +6,7 @@ Result   DDST on the built-in pictures, G with 30 % of its weights: FD-random-2k
          A linear autoencoder of Fashion-MNIST with 11 % of its weights: held-out error 0.092 (dense 0.090; the
          random ticket 0.109, the shuffled mask 0.109); seed 0
 Contents 1. DATA  2. MODELS  3. MASKS  4. OBJECTIVES  5. TRAINING  6. SCORES  7. TICKETS
-         8. DYNAMIC SPARSE TRAINING  9. METRICS  10. COMMAND LINE          (search for "# 3. MASKS")
+         8. EARLY BIRD  9. DYNAMIC SPARSE TRAINING  10. METRICS  11. COMMAND LINE       (search for "# 3. MASKS")
 Legend   B batch   c image channels   S side of an image, pixels   w base channels   z latent size
          G generator   D discriminator   m mask, 1 = keep   d density, share of weights kept, 0..1
          images are in [-1, 1] in networks, uint8 in memory; a step is one update of G
@@ -18,6 +18,7 @@ Papers   Lee et al., SNIP, ICLR 2019, arXiv 1810.02340;  Wang, Zhang, Grosse, Gr
          Wang et al., Balanced Training for Sparse GANs, NeurIPS 2023, arXiv 2302.14670
          Evci et al., Rigging the Lottery, ICML 2020, arXiv 1911.11134 (RigL, ERK)
          Kalibhat et al., Winning Lottery Tickets in Deep Generative Models, AAAI 2021, arXiv 2010.02350
+         You et al., Drawing Early-Bird Tickets, ICLR 2020, arXiv 1909.11957
          Chen et al., The Elastic Lottery Ticket Hypothesis, NeurIPS 2021, arXiv 2103.16547
 """
 import argparse
@@ -813,13 +814,45 @@ def generator_loss(objective, fake):
     return F.softplus(-fake).mean() if objective == "non-saturating" else -fake.mean()
 
 
-def gan_step(G, D, optimizers, draw_real, draw_latents, objective="hinge", n_critic=1, clip=0.0, masks=None):
+@contextlib.contextmanager
+def untouched(*models):
+    """Measuring leaves no trace: buffers (batch norm statistics, spectral norm vectors), gradients,
+    requires_grad and train/eval mode of `models` are afterwards what they were, bit for bit.
+    Parameters are not copied: what runs inside must not write them."""
+    modules = [m for model in models for m in model.modules()]
+    modes = [m.training for m in modules]
+    buffers = [(b, b.clone()) for model in models for b in model.buffers()]
+    parameters = [(p, p.grad, p.requires_grad) for model in models for p in model.parameters()]
+    for parameter, _, _ in parameters:
+        parameter.grad = None                   # a backward inside makes new ones instead of adding to these
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes):
+            module.training = mode
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        for parameter, grad, flag in parameters:
+            parameter.grad = grad
+            parameter.requires_grad_(flag)
+
+
+def autocast(model, on):
+    """Where --amp begins and ends: the forward passes of a training step, in bfloat16. Weights, optimizers, losses, masks,
+    scores, the balance ratio and distances stay in float32: a loss has small differences of large numbers, a score ranks
+    by them, and bfloat16 has three digits. (Its range is float32's, so no loss needs scaling, as it would in float16.)"""
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16) if on else contextlib.nullcontext()
+
+
+def gan_step(G, D, optimizers, draw_real, draw_latents, objective="hinge", n_critic=1, clip=0.0, masks=None, amp=False, look=True):
     """One iteration: n_critic steps of D, then one of G.
 
     optimizers              {"G": ..., "D": ...}
     draw_real(k)            -> the k-th real batch of this iteration, (B, C, H, W)
     draw_latents(net, k)    -> latents (B, z) for the k-th step of that network, "D" or "G"
     clip                    > 0: D's parameters are clipped to [-clip, clip] (WGAN), then masked
+    amp, look               forward passes in bfloat16; then a measurement that is due (look) has its first look at
+                            G's images in float32, once more and without a trace
     masks                   {"G": {...}, "D": {...}} of masks by parameter name inside the network, or None
 
     Returns losses {"D", "G"} and what a measurement of this iteration needs: the last real batch
@@ -830,10 +863,12 @@ def gan_step(G, D, optimizers, draw_real, draw_latents, objective="hinge", n_cri
     masks = masks or {"G": {}, "D": {}}
     for k in range(n_critic):
         real = draw_real(k)                                   # (B, C, H, W)
-        with torch.no_grad():
-            fake = G(draw_latents("D", k))
         optimizers["D"].zero_grad()
-        loss_D = discriminator_loss(objective, D(real), D(fake))      # two calls: batch norm sees one kind at a time
+        with autocast(D, amp):
+            with torch.no_grad():
+                fake = G(draw_latents("D", k))
+            logits = D(real).float(), D(fake).float()         # two calls: batch norm sees one kind at a time
+        loss_D = discriminator_loss(objective, *logits)
         loss_D.backward()
         optimizers["D"].step()
         if clip:
@@ -842,17 +877,19 @@ def gan_step(G, D, optimizers, draw_real, draw_latents, objective="hinge", n_cri
                     parameter.clamp_(-clip, clip)
         apply_masks_(D, masks["D"])
     z = draw_latents("G", 0)                                  # (B_G, z)
+    seen = steady_logits(G, D, lambda: D(G(z))) if amp and look else None
     optimizers["G"].zero_grad()
-    fake_logits = D(G(z))                                     # (B_G, 1)
+    with autocast(D, amp):
+        fake_logits = D(G(z)).float()                         # (B_G, 1)
     loss_G = generator_loss(objective, fake_logits)
     loss_G.backward(inputs=[p for p in G.parameters() if p.requires_grad])       # nothing is added to D's .grad
     optimizers["G"].step()
     apply_masks_(G, masks["G"])
     return {"losses": {"D": loss_D.detach(), "G": loss_G.detach()},
-            "real": real, "z": z, "fake_logits": fake_logits.detach()}
+            "real": real, "z": z, "fake_logits": fake_logits.detach() if seen is None else seen}
 
 
-def autoencoder_losses(nets, x, noise=None, beta=1.0):
+def autoencoder_losses(nets, x, noise=None, beta=1.0, amp=False):
     """{"error"} or, given noise, {"error", "KL"} (beta times KL): scalars whose sum an autoencoder minimises.
 
     nets {"encoder", "decoder"}; x (B, c, S, S); noise (B, z), standard normal
@@ -860,16 +897,32 @@ def autoencoder_losses(nets, x, noise=None, beta=1.0):
     pixels, and beta KL(q(z|x) || N(0, 1)) summed over z, each the mean over the batch. Sum, not mean: beside
     a mean over thousands of pixels the KL term wins, and the encoder stops to say anything.
     """
-    code = nets["encoder"](x)                                 # (B, z), or (B, 2z)
+    def through(role, x):
+        with autocast(nets, amp):
+            return nets[role](x).float()
+
+    code = through("encoder", x)                              # (B, z), or (B, 2z)
     if noise is None:
-        return {"error": F.mse_loss(nets["decoder"](code), x)}
+        return {"error": F.mse_loss(through("decoder", code), x)}
     mean, log_variance = code.chunk(2, 1)                     # (B, z) each
-    image = nets["decoder"](mean + noise * (log_variance / 2).exp())
+    image = through("decoder", mean + noise * (log_variance / 2).exp())
     return {"error": (image - x).square().flatten(1).sum(1).mean(),
             "KL": beta * 0.5 * (mean ** 2 + log_variance.exp() - 1 - log_variance).sum(1).mean()}
 
 
-def autoencoder_step(nets, optimizers, x, noise=None, beta=1.0, masks=None):
+@torch.no_grad()
+def steady_logits(G, D, look):
+    """look() without a trace. Batch norm takes the statistics of the batch, as in a training step (with running ones
+    a gain of G would be an artefact); spectral norm does not iterate, so D is the same in every look of a step."""
+    with untouched(G, D):
+        G.train(), D.train()
+        for module in D.modules():
+            if isinstance(module, torch.nn.utils.parametrizations._SpectralNorm):
+                module.eval()
+        return look()
+
+
+def autoencoder_step(nets, optimizers, x, noise=None, beta=1.0, masks=None, amp=False):
     """One step of an autoencoder or, given noise, of a variational one.
 
     nets   {"encoder", "decoder"} and an optimizer each; x, noise, beta as of autoencoder_losses
@@ -877,7 +930,7 @@ def autoencoder_step(nets, optimizers, x, noise=None, beta=1.0, masks=None):
     """
     for optimizer in optimizers.values():
         optimizer.zero_grad()
-    losses = autoencoder_losses(nets, x, noise, beta)
+    losses = autoencoder_losses(nets, x, noise, beta, amp)
     sum(losses.values()).backward()
     for optimizer in optimizers.values():
         optimizer.step()
@@ -885,10 +938,12 @@ def autoencoder_step(nets, optimizers, x, noise=None, beta=1.0, masks=None):
     return {"losses": {name: loss.detach() for name, loss in losses.items()}}
 
 
-def classifier_step(net, optimizer, x, labels, masks=None):
+def classifier_step(net, optimizer, x, labels, masks=None, amp=False):
     """One step of a classifier by cross-entropy: x (B, c, S, S), labels (B,) int64; masks by names in the net."""
     optimizer.zero_grad()
-    loss = F.cross_entropy(net(x), labels)
+    with autocast(net, amp):
+        logits = net(x).float()
+    loss = F.cross_entropy(logits, labels)
     loss.backward()
     optimizer.step()
     apply_masks_(net, masks)
@@ -911,6 +966,7 @@ class Trained(NamedTuple):
     step: int          # steps done; fewer than asked for only if after_step ended it
     rows: list         # the rows of metrics.csv, dicts
     seconds: float     # time inside the loop, over all starts of it
+    step_s: float = math.nan       # seconds per step in its last start: evaluations and checkpoints left out
 
 
 def make_optimizer(kind, net, lr, betas=(0.9, 0.999)):
@@ -1060,10 +1116,10 @@ def train(nets, step_fn, steps, *, optimizers, start=0, masks=None, after_step=N
         state.clear(), state.update(saved["state"])
         good = f"{path} (step {step})"
         if finished:
-            return Trained(step, rows, seconds_before)
+            return Trained(step, rows, seconds_before, saved.get("step_s", math.nan))
         show(f"{name}: continuing from step {step:,}")
     began = shown = checked = time.perf_counter()   # shown, checked: the last line printed, the last checkpoint written
-    first_step, roles, stop = step, None, False
+    first_step, roles, stop, busy = step, None, False, 0.0
 
     def seconds():
         return seconds_before + time.perf_counter() - began
@@ -1085,6 +1141,7 @@ def train(nets, step_fn, steps, *, optimizers, start=0, masks=None, after_step=N
         row(evaluate(step))
     loop_began = time.perf_counter()                # leaves the first evaluation out of the time per step
     while step < steps:
+        step_began = time.perf_counter()
         out = step_fn(step)
         step += 1
         roles = list(out["losses"])
@@ -1099,6 +1156,7 @@ def train(nets, step_fn, steps, *, optimizers, start=0, masks=None, after_step=N
         for role in ema:
             ema_update_(ema[role], nets[role], ema_decay(step - 1, ema_longest), of_role(masks, role))
         end = stop or step == steps
+        busy += time.perf_counter() - step_began
         if end or (eval_every and evaluate and step % eval_every == 0):
             row(evaluate(step) if evaluate else {})
         elif (step - start) % log_every == 0:
@@ -1117,9 +1175,9 @@ def train(nets, step_fn, steps, *, optimizers, start=0, masks=None, after_step=N
             break
     if folder:
         check_finite({}, step, nets, good)
-        save(folder / f"done-{name}.pt")
+        save(folder / f"done-{name}.pt", step_s=busy / max(1, step - first_step))
         (folder / "last.pt").unlink(missing_ok=True)
-    return Trained(step, rows, seconds())
+    return Trained(step, rows, seconds(), busy / max(1, step - first_step))
 
 
 def progress_line(step, steps, losses, log, step_s, images_per_step):
@@ -1138,29 +1196,6 @@ def duration(seconds):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
     return f"{seconds:.0f} s"
-
-
-@contextlib.contextmanager
-def untouched(*models):
-    """Measuring leaves no trace: buffers (batch norm statistics, spectral norm vectors), gradients,
-    requires_grad and train/eval mode of `models` are afterwards what they were, bit for bit.
-    Parameters are not copied: what runs inside must not write them."""
-    modules = [m for model in models for m in model.modules()]
-    modes = [m.training for m in modules]
-    buffers = [(b, b.clone()) for model in models for b in model.buffers()]
-    parameters = [(p, p.grad, p.requires_grad) for model in models for p in model.parameters()]
-    for parameter, _, _ in parameters:
-        parameter.grad = None                   # a backward inside makes new ones instead of adding to these
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, modes):
-            module.training = mode
-        for buffer, value in buffers:
-            buffer.copy_(value)
-        for parameter, grad, flag in parameters:
-            parameter.grad = grad
-            parameter.requires_grad_(flag)
 
 
 # ==================================================================================================
@@ -1500,7 +1535,170 @@ def transfer_ticket(theta, masks, target, roles=None):
 
 
 # ==================================================================================================
-# 8. DYNAMIC SPARSE TRAINING: masks that move while the weights train. SDST moves G's mask; DDST also
+# 8. EARLY BIRD: whole channels instead of single weights, found in the first epochs by the scales of batch
+#    norm, and really cut out: the network that is left is smaller and faster on any hardware.
+#    You et al. 2020; for generative models Kalibhat et al. 2021.
+
+class Chain(NamedTuple):
+    """Channels that can be cut, by module names: `conv` makes them, `norm` scales them, `consumers` read them.
+
+    Between norm and consumers each channel must go its own way and 0 must stay 0: ReLU, pooling, upsampling,
+    flatten. So a residual sum, whose channels other layers add to, is never in a chain."""
+    conv: str
+    norm: str
+    consumers: tuple
+    slope: float = 0.0       # of the activation for negative inputs; 0 is ReLU
+
+
+def channel_chains(model):
+    """The Chains of any model that holds our Encoder, Decoder, UpBlock, DownBlock or BasicBlock, or torchvision's BasicBlock.
+
+    Not in a chain: image channels, latents, logits, mean and log-variance (nothing normalises them), sums of residual
+    blocks, and layers without batch norm (sngan's D, linear_ae)."""
+    chains = []
+    for path, module in model.named_modules():
+        found = []
+        if isinstance(module, (Encoder, Decoder)):
+            convs = [f"convs.{i}" for i in range(len(module.convs))]
+            convs = ["stem", *convs] if isinstance(module, Decoder) else [*convs, "head"]
+            found = [(a, f"norms.{i}", b, getattr(module, "leaky", 0.0)) for i, (a, b) in enumerate(zip(convs, convs[1:]))]
+        elif isinstance(module, (UpBlock, DownBlock)) and isinstance(module.norm2, nn.BatchNorm2d):
+            found = [("conv1", "norm2", "conv2", 0.0)]
+        elif type(module).__name__ == "BasicBlock":           # ours and torchvision's have the same names
+            found = [("conv1", "bn1", "conv2", 0.0)]
+        chains += [Chain(*(f"{path}.{name}".lstrip(".") for name in (conv, norm)), (f"{path}.{to}".lstrip("."),), slope)
+                   for conv, norm, to, slope in found]
+    return chains
+
+
+def gammas_of(model, chains):
+    """{chain's conv: |scale of its batch norm|, (C,)}; ValueError where there is none."""
+    if not chains:
+        raise ValueError("no batch norm stands between two convolutions here, so channels have no scale to rank them by; "
+                         "dcgan, wgan, ae, vae, resnet_vae, resnet_dcgan, sngan (its G) and the ResNets have them")
+    scales = {chain.conv: getattr(model.get_submodule(chain.norm), "weight", None) for chain in chains}
+    if without := [chain.norm for chain in chains if scales[chain.conv] is None]:
+        raise ValueError(f"{without[0]} has no scale (affine=False) to rank channels by; leave its chain out")
+    return {name: scale.detach().abs() for name, scale in scales.items()}
+
+
+def channel_masks(model, fraction, chains):
+    """{chain's conv: bool (C,), True = keep}: the round(fraction x all channels) of largest |scale|, one pool over all chains.
+
+    The best channel of every layer stays: an empty one would cut the network in two. Public code keeps what is
+    strictly above a threshold: at the start, when all scales are equal, that is nothing."""
+    check_density(fraction, "the share of channels kept")
+    gammas = best_stays(gammas_of(model, chains))
+    keep = keep_top(torch.cat(list(gammas.values())), max(len(gammas), round(fraction * sum(map(len, gammas.values())))))
+    return {name: part.bool() for name, part in split_like(keep, gammas).items()}
+
+
+def mask_distance(a, b):
+    """Share of channels in which two channel masks differ, 0..1. Two random masks that keep a share p differ in
+    2 p (1 - p): near p = 0 or 1 a small distance says nothing."""
+    return sum(int((a[name] != b[name]).sum()) for name in a) / sum(len(mask) for mask in a.values())
+
+
+def early_bird(masks, look_back=5, limit=0.1):
+    """(found, distances of the newest mask to those before it). masks: one per epoch, the oldest first; found when the
+    last `look_back` are there and the newest differs from each of the others in at most `limit` of the channels.
+    You et al. 2020's code; the first trained epoch counts, not the initialisation, whose scales say nothing."""
+    distances = [mask_distance(masks[-1], mask) for mask in masks[-look_back:-1]]
+    return len(distances) == look_back - 1 and max(distances) <= limit, distances
+
+
+def channel_slices(model, masks, chains):
+    """{name of parameter or buffer: [(dimension, indices that stay), ...]} of cutting what channel `masks` drop.
+    ValueError for what cannot be cut: groups, parametrised weights, a mask of another length, a layer without channels."""
+    slices = {}
+    for chain in chains:
+        conv, norm, keep = model.get_submodule(chain.conv), model.get_submodule(chain.norm), masks[chain.conv]
+        index, count = keep.nonzero().flatten(), len(keep)
+        for name in (chain.conv, *chain.consumers):
+            layer = model.get_submodule(name)
+            if not isinstance(layer, PRUNABLE) or "weight" not in layer._parameters or getattr(layer, "groups", 1) != 1:
+                raise ValueError(f"{name} cannot be cut: a chain runs from a plain convolution or linear layer to such layers, "
+                                 f"without groups and without a parametrised weight; leave its chain out")
+        out = int(isinstance(conv, nn.ConvTranspose2d))       # its weight is (in, out, kh, kw)
+        if not len(index) or conv.weight.shape[out] != count:
+            raise ValueError(f"the mask of {chain.conv} keeps {len(index)} of {count} channels; "
+                             f"it must keep at least 1 of {conv.weight.shape[out]}")
+        slices.setdefault(f"{chain.conv}.weight", []).append((out, index))
+        if conv.bias is not None:
+            slices[f"{chain.conv}.bias"] = [(0, index)]
+        slices |= {f"{chain.norm}.{name}": [(0, index)] for name, value in (*norm.named_parameters(), *norm.named_buffers()) if value.dim()}
+        for name in chain.consumers:
+            layer = model.get_submodule(name)
+            dim = 0 if isinstance(layer, nn.ConvTranspose2d) else 1
+            places, left = divmod(layer.weight.shape[dim], count)      # a linear layer behind a flatten: H x W columns a channel
+            if left or places != 1 and not isinstance(layer, nn.Linear):
+                raise ValueError(f"{name} reads {layer.weight.shape[dim]} inputs and {chain.conv} makes {count} channels: no chain")
+            columns = (index[:, None] * places + torch.arange(places, device=index.device)).flatten()
+            slices.setdefault(f"{name}.weight", []).append((dim, columns))
+    return slices
+
+
+def cut(tensor, cuts):
+    """The tensor without what `cuts`, a value of channel_slices, drop; a copy, in the memory format of `tensor`."""
+    part = tensor.detach()
+    for dim, index in cuts:
+        part = part.index_select(dim, index.to(part.device))
+    channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return part.clone(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def slim(model, masks, chains):
+    """A copy of `model` that has only the channels that `masks` keep: narrower layers, same names, same code.
+
+    masks   {chain's conv: bool (C,)} of channel_masks; chains as of channel_chains or written by hand
+    Weights, scales, shifts and statistics come along. A channel that is cut counts as scale = shift = 0, so
+    nothing of it is left behind. That is why scale alone will not do (public code): a channel of scale 0 still
+    emits its shift, and no bias of the next layer can stand in for a constant whose padding is 0.
+    """
+    small = copy.deepcopy(model)
+    for name, cuts in channel_slices(model, masks, chains).items():
+        path, _, leaf = name.rpartition(".")
+        module, old = small.get_submodule(path), getattr(small.get_submodule(path), leaf)
+        new = cut(old, cuts)
+        setattr(module, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+        if leaf == "weight":                                  # what the layers say of themselves
+            if isinstance(module, PRUNABLE):
+                (a, b), linear = new.shape[:2], isinstance(module, nn.Linear)
+                a, b = (b, a) if isinstance(module, nn.ConvTranspose2d) else (a, b)
+                setattr(module, "out_features" if linear else "out_channels", a)
+                setattr(module, "in_features" if linear else "in_channels", b)
+            else:
+                module.num_features = len(new)
+    return small
+
+
+@torch.no_grad()
+def dead_channels(model, chains):
+    """{chain's conv: bool (C,), True = dead}: in eval mode such a channel gives the output nothing, exactly.
+
+    No kept weight leads out of it; or none leads in and the activation makes 0 of the constant that batch norm then
+    emits. Other constant channels live. Where all channels of a layer are dead, the first is left. One that
+    leads to dead ones only dies when they are cut: call it again after `slim`.
+    """
+    dead = {}
+    for chain in chains:
+        conv, norm = model.get_submodule(chain.conv), model.get_submodule(chain.norm)
+        rows = conv.weight.transpose(0, int(isinstance(conv, nn.ConvTranspose2d))).flatten(1)           # (C, in)
+        mean = norm.running_mean - (0 if conv.bias is None else conv.bias)
+        constant = norm.bias - norm.weight * mean / (norm.running_var + norm.eps).sqrt()
+        emits = F.leaky_relu(constant, chain.slope) != 0
+        leads_out = torch.zeros_like(emits)
+        for consumer in map(model.get_submodule, chain.consumers):
+            weight = consumer.weight.transpose(0, int(not isinstance(consumer, nn.ConvTranspose2d)))    # (in, ...)
+            leads_out |= weight.reshape(len(emits), -1).any(1)
+        dead[chain.conv] = ~leads_out | ~rows.any(1) & ~emits
+        if dead[chain.conv].all():
+            dead[chain.conv][0] = False
+    return dead
+
+
+# ==================================================================================================
+# 9. DYNAMIC SPARSE TRAINING: masks that move while the weights train. SDST moves G's mask; DDST also
 #    moves the number of D's weights, so that neither network runs away from the other.
 #    Wang et al. 2023, "Balanced Training for Sparse GANs", arXiv 2302.14670.
 
@@ -1636,17 +1834,9 @@ def smoothed_ratio(window):
 @torch.no_grad()
 def measure_balance(G, D, z, real, fake_logits):
     """balance_terms of the iteration just done: a second look at the same z with the new G, and at the
-    last real batch with the present D. Costs one forward of G and two of D; leaves no trace.
-
-    Batch norm takes the statistics of the batch, as it did in the first look (with running ones the
-    gain would be an artefact); spectral norm does not iterate, so D is the same in all three terms.
-    """
-    with untouched(G, D):
-        G.train(), D.train()
-        for module in D.modules():
-            if isinstance(module, torch.nn.utils.parametrizations._SpectralNorm):
-                module.eval()
-        return balance_terms(D(real), fake_logits, D(G(z)))
+    last real batch with the present D. Costs one forward of G and two of D; leaves no trace."""
+    d_real, d_fake = steady_logits(G, D, lambda: [D(real), D(G(z))])
+    return balance_terms(d_real, fake_logits, d_fake)
 
 
 def controller(ratio, count, low, high, change, floor, cap, total):
@@ -1768,7 +1958,7 @@ def role_densities(nets, masks):
 
 
 # ==================================================================================================
-# 9. METRICS: distances between sets of images (by the features of a fixed network, in float64), and
+# 10. METRICS: distances between sets of images (by the features of a fixed network, in float64), and
 #    multiply-accumulates (MACs) of networks and of trainings.
 
 FID_WEIGHTS = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -2073,16 +2263,17 @@ def gan_training_macs(history, steps, positions, sizes, batch_size, n_critic, g_
 
 
 # ==================================================================================================
-# 10. COMMAND LINE: settings, checks, the methods, the run folder, the table. Only this section prints
+# 11. COMMAND LINE: settings, checks, the methods, the run folder, the table. Only this section prints
 #    (and the progress line of `train`), and only here are there settings.
 
 DEFAULTS = dict(method="ddst", dataset="shapes", seed=0, width=1.0, density=0.3, grow="gradient", band=[0.45, 0.55],
-                max_density_D=1.0, ratio_every=10, prune_rate=0.2, scope="global", controls=False, score_batches=4,
+                max_density_D=1.0, ratio_every=10, prune_rate=0.2, scope="global", controls=False, score_batches=4, channels_kept=0.45, gamma_l1=0.0, amp=False,
                 data="data", checkpoint_s=120.0)
 EVALUATION = dict(eval_images=None, features="random", inception_weights=None)          # may change when a run continues
 # On shapes, minutes on two cores. At its own lr two thousand steps of sngan give blobs; other models keep theirs.
 SHAPES_PRESET = {"gan": dict(width=0.125, batch_size=16, steps=2000), "autoencoder": dict(width=0.25, batch_size=64, steps=1000),
-                 "classifier": dict(width=0.5, batch_size=64, steps=400), "sngan": dict(n_critic=1, lr=1e-3), "rounds": 5}
+                 "classifier": dict(width=0.5, batch_size=64, steps=400), "sngan": dict(n_critic=1, lr=1e-3), "rounds": 5,
+                 "earlybird": dict(batch_size=64)}            # an early bird takes five epochs
 PAPER_ROUNDS = 20                                           # of Kalibhat et al. 2021: 1 % of the weights is left
 CPU_SIZE = dict(width=0.25, n_critic=1, batch_size=32)      # what a CPU can train on photographs in 20 minutes
 CHANGE, FLOOR = 0.05, 0.05          # DDST: one change of D's density, and where it ends (shares of D's weights)
@@ -2095,6 +2286,7 @@ READ_BY = {                         # flags that only some methods read; a flag 
     "update_every": ("sdst", "ddst"), "grow": ("sdst", "ddst"), "max_density_D": ("ddst",), "band": ("ddst",),
     "update_every_D": ("ddst",), "first_D": ("ddst",),        # no flags, but settings of ddst alone
     "rounds": ("imp",), "prune_rate": ("imp",), "rewind_step": ("imp", *SCORED), "scope": ("imp",), "score_batches": ("snip", "grasp"),
+    "channels_kept": ("earlybird",), "gamma_l1": ("earlybird",),
     "prune": ("imp", "transfer"), "controls": ("imp", "ticket", "transfer", *SCORED), "ticket": ("ticket", "transfer"),
 }
 READ_BY_MODEL = {                   # and by some models
@@ -2115,7 +2307,7 @@ def parse(argv):
     add = parser.add_argument
     add("--method", help=f"{', '.join(METHODS)} (default ddst)")
     add("--dataset", help="shapes (built in), mnist, fashion_mnist, cifar10, stl10, celeba, or a folder of images")
-    add("--model", help=f"{', '.join(MODELS)} (default sngan; imp: dcgan; ticket: its own; magnitude, snip, grasp: resnet20)")
+    add("--model", help=f"{', '.join(MODELS)} (default sngan; imp: dcgan; ticket: its own; earlybird: dcgan; magnitude, snip, grasp: resnet20)")
     add("--density", type=float, help="share of weights kept, of a GAN G's, 0 < d <= 1 (default 0.3); imp: prune until it is reached")
     add("--steps", type=int, help="of a GAN updates of G (default by model, 4,690 to 100,000)")
     add("--batch-size", type=int, help="images per step, of a GAN real images per step of D (default by model, 64 or 128)")
@@ -2130,6 +2322,7 @@ def parse(argv):
     add("--beta", type=float, help="vae, resnet_vae: weight of the KL term (default 1)")
     add("--n-critic", type=int, help="steps of D per step of G (default by model)")
     add("--lr", type=float, help="learning rate (default by model)")
+    add("--amp", action="store_true", default=None, help="forward passes of the training in bfloat16, on CUDA only")
     add("--checkpoint-s", type=float, help="seconds between checkpoints (default 120)")
     add = parser.add_argument_group("sparse training").add_argument
     add("--density-D", type=float, help="share of D's weights kept; at the start, for ddst (default 1; ddst: as --density)")
@@ -2146,6 +2339,8 @@ def parse(argv):
     add("--scope", help="imp: one pool of weights for all (global, default), per network or per layer")
     add("--prune", nargs="+", metavar="ROLE", help="imp: networks that are pruned; transfer: that receive: G, D, encoder, decoder (default all)")
     add("--controls", action="store_true", default=None, help="train the random ticket (same mask, other weights) and the shuffled mask too")
+    add("--channels", type=float, dest="channels_kept", help="earlybird: share of the channels kept (default 0.45)")
+    add("--gamma-l1", type=float, help="earlybird: L1 penalty on batch norm's scales until the ticket is found (default 0; You et al. 1e-4)")
     add("--ticket", metavar="T", help="ticket, transfer: a ticket file, or a run folder (its sparsest winning ticket)")
     add = parser.add_argument_group("measuring").add_argument
     add("--eval-every", type=int, help="steps between evaluations (default steps/10; imp: at both ends)")
@@ -2173,13 +2368,16 @@ def resolve(given):
     method = given.get("method", DEFAULTS["method"])
     choose("method", method, METHODS)
     ticket = inherited(given, method) if method in ("ticket", "transfer") else {}
-    model = given.get("model", ticket.get("model", "dcgan" if method == "imp" else "resnet20" if method in SCORED else "sngan"))
+    model = given.get("model", ticket.get("model", "dcgan" if method in ("imp", "earlybird") else "resnet20" if method in SCORED else "sngan"))
     dataset = given.get("dataset", ticket.get("dataset", DEFAULTS["dataset"]))
     choose("model", model, MODELS)
     if method == "ddst" and model not in GANS:
         raise ValueError(f"--method ddst balances G and D of a GAN, {', '.join(GANS)}; got --model {model}. Others have --method sdst")
     if method == "transfer" and model in CLASSIFIERS:
         raise ValueError(f"--method transfer goes between GANs and autoencoders; got --model {model}")
+    if method == "earlybird" and ("density" in given or model == "linear_ae"):
+        raise ValueError("--density is not read by earlybird, which cuts whole channels; pass --channels, the share of them kept" if "density" in given else
+                         "linear_ae has no batch norm whose scales could rank channels; --method earlybird works with every other model")
     check_read(given, READ_BY, method)
     check_read(given, READ_BY_MODEL, model)
     for name, unread, goes_with in (("inception_weights", given.get("features") != "inception", "--features inception"),
@@ -2193,7 +2391,7 @@ def resolve(given):
     if model == "linear_ae" and dataset in ("mnist", "fashion_mnist"):
         own = {**own, "image_size": 28}                       # the paper's 784 inputs; no black frame
     if dataset == "shapes":
-        preset = {**SHAPES_PRESET[kind], "rounds": SHAPES_PRESET["rounds"], **SHAPES_PRESET.get(model, {})}
+        preset = {**SHAPES_PRESET[kind], "rounds": SHAPES_PRESET["rounds"], **SHAPES_PRESET.get(model, {}), **SHAPES_PRESET.get(method, {})}
     s = {**DEFAULTS, "rounds": PAPER_ROUNDS, **EVALUATION, **own, **MODELS[model], **preset, **ticket, **given, "given": given,
          "model": model, "dataset": dataset, "roles": list(ROLES[kind])}
     check_least(s)
@@ -2227,12 +2425,15 @@ def resolve(given):
         raise ValueError(f"--lr is a positive number; got {s['lr']}")
     if not 0 <= s.get("beta", 0) < math.inf:
         raise ValueError(f"--beta is a number, at least 0; got {s['beta']}")
+    if not 0 <= s["gamma_l1"] < math.inf:
+        raise ValueError(f"--gamma-l1 is a number, at least 0; got {s['gamma_l1']}")
     if not -math.inf < s["band"][0] <= s["band"][1] < math.inf:
         raise ValueError(f"--band takes two numbers, LOW <= HIGH; got {s['band'][0]} {s['band'][1]}")
     choose("grow", s["grow"], ("gradient", "random"))
     choose("scope", s["scope"], SCOPES)
     for name in ("density", "density_D", "max_density_D"):
         check_density(s[name], flag(name))
+    check_density(s["channels_kept"], "--channels")
     if method == "imp":
         if "density" not in given:
             s["density"] = None
@@ -2246,6 +2447,8 @@ def resolve(given):
             if what not in readers and name not in {*EVALUATION, *kept_by_ticket}:
                 s[name] = None
     s["device"] = str(pick_device(given.get("device")))
+    if s["amp"] and not (s["device"].startswith("cuda") and torch.cuda.is_bf16_supported()):
+        raise ValueError(f"--amp needs a CUDA device that computes in bfloat16, where it saves time; this is {s['device']}")
     s.setdefault("out", f"runs/{method}-{model}-{Path(dataset).name}-{s['seed']}")
     return s
 
@@ -2296,7 +2499,7 @@ def check_least(s):
 
 def flag(name):
     """"batch_size" as it is typed: "--batch-size"."""
-    return f"--{name.replace('_', '-')}"
+    return "--channels" if name == "channels_kept" else f"--{name.replace('_', '-')}"      # `channels` are an image's
 
 
 def pick_device(name=None):
@@ -2453,12 +2656,12 @@ def fitter(job):
     Methods are sequences of such calls; those that are done return at once."""
     s, folder, measure, gan = job.settings, Path(job.settings["out"]), measurement(job), job.settings["model"] in GANS
 
-    def fit(name, nets, masks, start=0, also=None, state=None):
+    def fit(name, nets, masks, start=0, also=None, state=None, average=None):
         state, optimizers, ema = {} if state is None else state, make_optimizers(nets, s), nn.ModuleDict()
         if empty := [weight for weight, mask in masks.items() if kept({weight: mask}) <= 1 < mask.numel()]:
             print(f"{name}: at most one weight is left in {', '.join(empty)}", flush=True)
         if s.get("ema"):
-            ema["G"] = copy.deepcopy(nets["G"]).requires_grad_(False)
+            ema["G"] = copy.deepcopy(average or nets["G"]).requires_grad_(False)
         if gan:
             moves = dynamic_gan(nets, optimizers, masks, state, steps=s["steps"], seed=s["seed"], ratio_every=s["ratio_every"],
                                 window_steps=s["window"], update_every=s["update_every"], how=s["grow"],
@@ -2533,11 +2736,11 @@ def train_once(job):
     return finish(job, fitter(job)(job.settings["method"], job.nets, job.masks))
 
 
-def finish(job, fit, histories=None, first=None, extra_steps=0, **more):
-    """Leave model.pt, pictures of its weights and summary.json; returns the summary. histories, first and
-    extra_steps as of `summarise`, when there was more than this one training."""
+def finish(job, fit, histories=None, first=None, extra_steps=0, whole=None, **more):
+    """Leave model.pt, pictures of its weights and summary.json; returns the summary. histories, first, extra_steps
+    and whole as of `summarise`, when there was more than this one training."""
     s, folder, use = job.settings, Path(job.settings["out"]), for_use(job.settings, fit.nets, fit.ema)
-    summary = {**summarise(s, fit, histories or [fit.state["history"]], first or fit.done.rows[0], extra_steps), **more}
+    summary = {**summarise(s, fit, histories or [fit.state["history"]], first or fit.done.rows[0], extra_steps, whole or fit.nets), **more}
     draw_pictures(job, use)                                   # those of another training may stand there
     save_torch(folder / "model.pt", {"format": 1, "weights": use.state_dict(), "settings": identity(s), "masks": to_bool(fit.masks),
                                      "metrics": {k: summary[k] for k in ("metric", "value", "floor", "kid")}})
@@ -2683,8 +2886,54 @@ def one_shot_masks(job):
     return masks
 
 
+def train_earlybird(job):
+    """earlybird: train dense, draw the channel mask of every epoch, and when it has come to rest cut the channels and
+    train what is left to the same total of steps."""
+    s, fit, nets, chains = job.settings, fitter(job), job.nets, channel_chains(job.nets)
+    epoch, share = max(1, len(job.images) // (s["batch_size"] * (s.get("n_critic") or 1))), s["channels_kept"]
+    start = torch.cat(list(gammas_of(nets, chains).values()))
+    state = {"channels": []}
+    print_header(job)
+    print(f"  early bird: {100 * share:g}% of {len(start):,} channels, a mask per epoch of {epoch:,} steps; found when five agree to 0.1 "
+          f"(two random masks differ in {2 * share * (1 - share):.2f})")
+    estimate(job)
+
+    def watch(step, out):
+        late = 2 * step >= s["steps"]
+        if step % epoch and not late:
+            return False
+        scales = torch.cat(list(gammas_of(nets, chains).values()))
+        if float((scales - start).norm()) < 0.01 * float(start.norm()) and not late:       # they rank nothing yet
+            return print(f"step {step:,}: the scales have hardly moved, no mask", flush=True)
+        state["channels"] = [*state["channels"], channel_masks(nets, share, chains)][-5:]
+        found, distances = early_bird(state["channels"])
+        print(f"step {step:,}, epoch {step / epoch:.1f}: distance to the masks before: {', '.join(f'{d:.3f}' for d in distances) or '-'}"
+              + (": found" if found else "; half of the steps are over, so this mask is taken" if late else ""), flush=True)
+        state["found"] = found
+        return found or late
+
+    hooks = [w.register_hook(lambda g, w=w: g + s["gamma_l1"] * w.detach().sign()) for w in
+             (nets.get_submodule(chain.norm).weight for chain in chains) if s["gamma_l1"]]
+    before = fit("before", nets, {}, 0, watch, state)
+    for hook in hooks:
+        hook.remove()
+    masks = state["channels"][-1]
+    small = slim(nets, masks, chains)
+    average = slim(before.ema, masks, [chain for chain in chains if chain.conv.split(".")[0] in before.ema]) if len(before.ema) else {"G": None}
+    kept_there = {role: [sum(int(m.sum()) for n, m in masks.items() if n.startswith(role)), sum(len(m) for n, m in masks.items() if n.startswith(role))] for role in nets}
+    print("  cut to " + ", ".join(f"{a:,} of {b:,} channels in {role}" for role, (a, b) in kept_there.items() if b), flush=True)
+    after = fit("slim", small, {}, before.done.step, average=average["G"])
+    values = [before.done.rows[-1].get("metric"), after.done.rows[0].get("metric")]
+    print((f"{after.done.rows[0]['metric_name']} {values[0]:.4f} before slimming, {values[1]:.4f} right after it; " if None not in values else "")
+          + f"{before.done.step_s:.4f} s a step before, {after.done.step_s:.4f} s after", flush=True)
+    return finish(job, after, first=before.done.rows[0], extra_steps=before.done.step, whole=nets,
+                  seconds=round(before.done.seconds + after.done.seconds, 1), found=state["found"], found_step=before.done.step,
+                  step_s_before=before.done.step_s, value_before=values[0], value_slimmed=values[1])
+
+
 METHODS = {**dict.fromkeys(("dense", "static", "sdst", "ddst"), train_once), "imp": train_imp, "ticket": train_ticket,
-           "transfer": train_ticket, **dict.fromkeys(SCORED, train_scored)}
+           "transfer": train_ticket, **dict.fromkeys(SCORED, train_scored),
+           "earlybird": train_earlybird}
 
 
 def make_optimizers(nets, s):
@@ -2704,17 +2953,17 @@ def step_function(s, images, labels, nets, optimizers, masks):
             return latents(count, s["z"], s["seed"], step, f"latents {role}", k, s["device"])
 
         return gan_step(nets["G"], nets["D"], optimizers, lambda k: draw_real((step * n_critic + k) * B), draw_latents,
-                        s["objective"], n_critic, s["clip"], split)
+                        s["objective"], n_critic, s["clip"], split, s["amp"], (step + 1) % s["ratio_every"] == 0)
 
     def autoencoder(step):
         noise = latents(B, s["z"], s["seed"], step, "noise", device=s["device"]) if s["objective"] == "variational" else None
-        return autoencoder_step(nets, optimizers, draw_real(step * B), noise, s.get("beta"), masks)
+        return autoencoder_step(nets, optimizers, draw_real(step * B), noise, s.get("beta"), masks, s["amp"])
 
     def classifier(step):
         for group in optimizers["net"].param_groups:
             group["lr"] = s["lr"] * lr_factor(step, s["steps"])
         truth = labels[batch_index(len(images), step * B, B, s["seed"])].to(s["device"])
-        return classifier_step(nets["net"], optimizers["net"], draw_real(step * B), truth, split["net"])
+        return classifier_step(nets["net"], optimizers["net"], draw_real(step * B), truth, split["net"], s["amp"])
 
     return gan if "G" in nets else classifier if "net" in nets else autoencoder
 
@@ -2812,37 +3061,46 @@ def draw_curve(path, rows, title):
     pyplot.close(figure)
 
 
-def summarise(s, fit, histories, first, extra_steps=0):
+def summarise(s, fit, histories, first, extra_steps, whole):
     """The row of --table as a dict; None where something does not apply. histories: of the trainings whose MACs
-    add up, and extra_steps as many dense steps; first: the first row of the first of them, untrained if that is of step 0."""
+    add up, and extra_steps as many steps of the dense networks `whole` (a slim run's before it was slim); first: the
+    first row of the first of them, untrained if that is of step 0."""
     nets, masks, state, done = fit.nets, fit.masks, fit.state, fit.done
-    sizes = {name: w.numel() for name, w in prunable_parameters(nets).items()}
-    counts = {**sizes, **counts_of(masks)}
-    positions = positions_of(nets, s["image_size"], s["channels"])
-    macs, dense_macs = (sum(positions[n] * c[n] for n in sizes) for c in (counts, sizes))
     parameters, gan = sum(p.numel() for p in nets.parameters()), s["model"] in GANS
 
-    def relative(**how):
-        """MACs of the trainings over those of one dense training, balance ratios aside there."""
-        common = dict(steps=done.step, positions=positions, sizes=sizes, batch_size=s["batch_size"])
+    def measures(nets):
+        return (positions_of(nets, s["image_size"], s["channels"]), {name: w.numel() for name, w in prunable_parameters(nets).items()})
+
+    (positions, sizes), (whole_positions, whole_sizes) = measures(nets), measures(whole)
+    counts = {**sizes, **counts_of(masks)}
+    macs, dense_macs = sum(positions[n] * counts[n] for n in sizes), sum(whole_positions[n] * whole_sizes[n] for n in whole_sizes)
+
+    def cost(history, steps, positions, sizes, **how):
         if not gan:
-            return sum(training_macs(history, **common) for history in histories) / training_macs([[0, {}, []]], **common)
-        common |= dict(n_critic=s["n_critic"], g_batch=s["batch_size"] * s["g_batches"])
-        spent = sum(gan_training_macs(history, **common, **how) for history in histories)
-        return spent / gan_training_macs([[0, {}, []]], **common, paper=how.get("paper", False))
+            return training_macs(history, steps, positions, sizes, s["batch_size"])
+        return gan_training_macs(history, steps, positions, sizes, s["batch_size"], s["n_critic"], s["batch_size"] * s["g_batches"], **how)
+
+    def relative(ratio_every=0, **how):
+        """MACs of the trainings over those of one dense training, balance ratios aside there."""
+        spent = sum(cost(history, done.step, positions, sizes, ratio_every=ratio_every, **how) for history in histories)
+        spent += cost([[0, {}, []]], extra_steps, whole_positions, whole_sizes, ratio_every=ratio_every, **how)
+        return spent / cost([[0, {}, []]], done.step, whole_positions, whole_sizes, **how)
+
+    def share(role=""):
+        return sum(counts[n] for n in sizes if n.startswith(role)) / sum(whole_sizes[n] for n in whole_sizes if n.startswith(role))
 
     last, ratio = done.rows[-1], state["log"].get("balance_ratio", math.nan)
     untrained = first["step"] == 0 and s["method"] != "transfer" and first.get("metric_name") == last.get("metric_name")
     return {**{name: s[name] for name in ("method", "model", "dataset", "seed", "width", "batch_size")}, "steps": done.step,
-            "density": sum(counts.values()) / sum(sizes.values()), "density_G": None, "density_D": None, **role_densities(nets, masks),
+            "density": share(), "density_G": None, "density_D": None, **{f"density_{role}": share(f"{role}.") for role in nets},
             "metric": last.get("metric_name"), "value": last.get("metric"),
             "untrained": first.get("metric") if untrained else None,
             "floor": last.get("floor"), "kid": last.get("kid"), "error": last.get("error"),
             "balance_ratio": ratio if math.isfinite(ratio) else None,                 # JSON has no inf
             "parameters": parameters, "kept": parameters - sum(sizes.values()) + sum(counts.values()),
-            "macs": macs, "macs_relative": macs / dense_macs, "training_macs_relative": relative(ratio_every=s["ratio_every"]) + extra_steps / done.step,
+            "macs": macs, "macs_relative": macs / dense_macs, "training_macs_relative": relative(s["ratio_every"]),
             "training_macs_relative_paper": relative(paper=True) if gan else None,
-            "seconds": round(done.seconds, 1), "actions_D": state.get("actions", {}),
+            "seconds": round(done.seconds, 1), "step_s": done.step_s, "actions_D": state.get("actions", {}),
             "layers": {name: counts[name] / sizes[name] for name in sizes}}
 
 
@@ -2900,17 +3158,25 @@ def table(summaries):
     return aligned(rows)
 
 
+def narrowed(nets, weights):
+    """`nets` with as many channels per chain as the state dict `weights` has; which ones is for load_state_dict to say."""
+    chains = channel_chains(nets)
+    masks = {chain.conv: torch.arange(len(nets.get_submodule(chain.norm).weight)) < len(weights[f"{chain.norm}.weight"]) for chain in chains}
+    return nets if all(mask.all() for mask in masks.values()) else slim(nets, masks, chains)
+
+
 def load_model(path, device="cpu"):
     """(networks, saved) from a model.pt: nn.ModuleDict in eval mode, masked, a GAN's G with its averaged weights;
     and the file's dict of settings, masks and metrics. Runs no code from the file."""
     saved = load_torch(path, device)
     try:
         s = saved["settings"]
-        nets = build(s["model"], s["image_size"], s["channels"], s["width"], s.get("z"), 0, s.get("classes") or 10).to(device)
+        nets = build(s["model"], s["image_size"], s["channels"], s["width"], s.get("z"), 0, s.get("classes") or 10)
+        nets = narrowed(nets, saved["weights"]).to(device)
         nets.load_state_dict(saved["weights"])
         assert {"dataset", "seed", "batch_size"} <= set(s), "settings that a run has are missing"
         apply_masks_(nets, {name: mask.float() for name, mask in saved["masks"].items()})
-    except (KeyError, RuntimeError, TypeError, AttributeError, AssertionError) as error:
+    except (KeyError, RuntimeError, TypeError, AttributeError, AssertionError, ValueError) as error:
         raise ValueError(f"{path} is no model.pt of this program: {first_line(error)}") from None
     return nets.eval(), saved
 

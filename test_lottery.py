@@ -73,7 +73,7 @@ def test_contents_of_the_docstring_are_the_banners_in_order():
     text = (HERE / "lottery.py").read_text()
     banners = re.findall(r"^# (\d+\. [A-Z ]+):", text, re.M)
     contents = re.findall(r"\d+\. [A-Z]+(?: [A-Z]+)*", L.__doc__.split("Contents")[1].split("(search")[0])
-    assert contents == banners and len(banners) == 10
+    assert contents == banners and len(banners) == 11
     ours = re.findall(r"^# (\d+\. [A-Z ]+)$", (HERE / "test_lottery.py").read_text(), re.M)
     assert ours == banners
 
@@ -501,6 +501,37 @@ def test_the_learning_rate_of_classifiers_falls_at_a_half_and_at_three_quarters(
     step_fn = L.step_function(s, images, labels, nets, optimizers, {})
     step_fn(6)                                                # a ticket that starts there goes on with that rate
     assert optimizers["net"].param_groups[0]["lr"] == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("model", ["sngan", "dcgan", "vae", "resnet14"])
+def test_bfloat16_is_for_forward_passes_only(model):
+    """--amp needs CUDA; the steps themselves also run on a CPU, which is enough to see where autocast begins and ends."""
+    images, labels = L.shapes(60)
+    dtypes, found = set(), []
+    for amp in (False, True):
+        gan = {"ratio_every": 1, "n_critic": 1} if model in L.GANS else {}
+        s = {**settings(model=model, method="dense", width=0.05, batch_size=16, **gan), "amp": amp}
+        nets = L.fresh_networks(s)
+        for module in nets.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(lambda m, a, out: dtypes.add((amp, out.dtype)))
+        optimizers = L.make_optimizers(nets, s)
+        masks = one_mask_each(nets, 0.5)
+        L.apply_masks_(nets, masks)
+        first = copy.deepcopy(nets)
+        out = L.step_function(s, images, labels, nets, optimizers, masks)(0)
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in nets.parameters())
+        assert all(v.dtype == torch.float32 for o in optimizers.values() for st in o.state.values() for v in st.values() if torch.is_tensor(v))
+        assert all(bool((nets.get_parameter(n)[m == 0] == 0).all()) for n, m in masks.items())
+        found.append(out)
+    assert (False, torch.bfloat16) not in dtypes and (True, torch.bfloat16) in dtypes
+    for name, loss in found[0]["losses"].items():
+        other = found[1]["losses"][name]
+        assert other.dtype == torch.float32 and float(other) != float(loss) and float(other) == pytest.approx(float(loss), rel=0.05, abs=0.02)
+    if model in L.GANS:                                       # the first look of the balance ratio is in float32: of this D, of that G
+        first["D"].load_state_dict(nets["D"].state_dict())
+        wanted = L.steady_logits(first["G"], first["D"], lambda: first["D"](first["G"](found[1]["z"])))
+        assert torch.allclose(found[1]["fake_logits"], wanted, atol=1e-6)
 
 
 def test_without_the_masking_line_pruned_weights_come_back(monkeypatch):
@@ -1148,7 +1179,163 @@ def test_a_decoder_ticket_goes_into_a_generator_and_back_as_the_same_tensors():
 
 
 # ==================================================================================================
-# 8. DYNAMIC SPARSE TRAINING
+# 8. EARLY BIRD
+
+def stirred(model, seed=0):
+    """Random scales, shifts and statistics in every batch norm, so that a wrong channel shows."""
+    g = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for value, low in ((module.weight, -1), (module.bias, -1), (module.running_mean, -1), (module.running_var, 0.5)):
+                value.data = (torch.rand(value.shape, generator=g) * 2 + low).to(value)
+    return model
+
+
+def silenced(model, masks, chains):
+    """The model with scale and shift 0 in the channels that are to go."""
+    model = copy.deepcopy(model)
+    for chain in chains:
+        norm = model.get_submodule(chain.norm)
+        norm.weight.data *= masks[chain.conv]
+        norm.bias.data *= masks[chain.conv]
+    return model
+
+
+def close(a, b):
+    return float((a - b).abs().max()) <= 1e-10 * max(1, float(a.abs().max()))
+
+
+NORMED = ["dcgan", "wgan", "ae", "vae", "resnet_vae", "resnet_dcgan", "sngan", "resnet20"]
+
+
+@pytest.mark.parametrize("size", [32, 48])
+@pytest.mark.parametrize("model", NORMED)
+def test_a_slim_model_computes_what_the_channel_masked_one_does(model, size):
+    nets = stirred(L.build(model, size, 3, 0.06)).double()
+    for role, net in nets.items():
+        chains = L.channel_chains(net)
+        if model == "sngan" and role == "D":
+            assert chains == []
+            continue
+        masks = L.channel_masks(net, 0.5, chains)
+        small, silent = L.slim(net, masks, chains), silenced(net, masks, chains)
+        kept, total = sum(int(m.sum()) for m in masks.values()), sum(len(m) for m in masks.values())
+        assert kept == max(len(chains), round(0.5 * total)) < total
+        x = torch.randn(4, net.z).double() if role in ("G", "decoder") else torch.rand(4, 3, size, size).double() * 2 - 1
+        for mode in (False, True):                            # training moves the statistics: eval first
+            assert close(silent.train(mode)(x), small.train(mode)(x))
+        assert close(silent.eval()(x), small.eval()(x))       # and the statistics moved alike
+        count = lambda m: sum(p.numel() for p in m.parameters())
+        assert count(small) < count(net) and L.slim(small, {c.conv: torch.ones(int(masks[c.conv].sum())).bool() for c in chains}, chains)(x).equal(small(x))
+        sizes = {c.conv: int(masks[c.conv].sum()) for c in chains}
+        for module in small.modules():
+            if isinstance(module, L.PRUNABLE):
+                a, b = (getattr(module, n, None) or getattr(module, n.replace("channels", "features")) for n in ("out_channels", "in_channels"))
+                assert set(module.weight.shape[:2]) == {a, b} and module.bias is None or len(module.bias) == a
+            elif isinstance(module, nn.BatchNorm2d):
+                assert module.num_features == len(module.weight) == len(module.running_var)
+        # MACs by hand: every weight of a layer works at as many positions as before.
+        before, after = (L.mac_positions(m, x[:1]) for m in (net, small))
+        assert before == after
+        for c in chains:
+            old, new = net.get_submodule(c.conv), small.get_submodule(c.conv)
+            inputs = next((sizes[k.conv] for k in chains if c.conv in k.consumers), getattr(old, "in_channels", None))
+            assert new.weight.numel() == inputs * sizes[c.conv] * math.prod(old.kernel_size)
+
+
+def test_torchvisions_blocks_and_a_users_own_chain_are_slimmed():
+    net = stirred(L.import_torchvision().models.resnet18(num_classes=4)).double()
+    chains = L.channel_chains(net)
+    masks = L.channel_masks(net, 0.3, chains)
+    x = torch.rand(2, 3, 40, 40).double()
+    small = L.slim(net, masks, chains)
+    assert len(chains) == 8 and close(silenced(net, masks, chains).eval()(x), small.eval()(x))
+    own = stirred(nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(),
+                                nn.MaxPool2d(2), nn.Flatten(), nn.Linear(5 * 9, 3))).double()
+    chains = [L.Chain("0", "1", ("3",)), L.Chain("3", "4", ("8",))]
+    masks, x = L.channel_masks(own, 0.45, chains), torch.randn(4, 2, 8, 8).double()
+    small, silent = L.slim(own, masks, chains), silenced(own, masks, chains)
+    for mode in (False, True):
+        assert close(silent.train(mode)(x), small.train(mode)(x))
+    assert small[8].in_features == 9 * int(masks["3"].sum()) and small[3].in_channels == int(masks["0"].sum())
+    for chains, masks, word in (([L.Chain("3", "4", ("0",))], {"3": torch.ones(5).bool()}, "no chain"),
+                                ([L.Chain("0", "1", ("3",))], {"0": torch.zeros(6).bool()}, "at least 1 of 6"),
+                                ([L.Chain("0", "1", ("3",))], {"0": torch.ones(7).bool()}, "of 6"), ([L.Chain("1", "4", ("8",))], {"1": torch.ones(6).bool()}, "1 cannot be cut"),
+                                ([L.Chain("0", "1", ("3",))], {"0": torch.ones(6).bool()}, "3 cannot be cut")):
+        if word == "3 cannot be cut":
+            own[3] = nn.Conv2d(6, 6, 3, groups=2)
+        with pytest.raises(ValueError, match=word):
+            L.slim(own, masks, chains)
+
+
+def test_nothing_of_a_cut_channel_is_left_at_the_border_and_no_layer_dies():
+    own = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 1, 3, padding=1, bias=False)).double().eval()
+    own[1].weight.data, own[1].bias.data = torch.tensor([0.0, 1]).double(), torch.tensor([3.0, 1]).double()      # scale 0, shift 3
+    chains = [L.Chain("0", "1", ("3",))]
+    small, x = L.slim(own, L.channel_masks(own, 0.5, chains), chains), torch.zeros(1, 1, 5, 5).double()
+    bias = F.relu(own[1](own[0](x)))[0, 1, 0, 0]              # what the kept channel emits: the cut one's 3 is gone
+    assert close(small(x), F.conv2d(torch.full((1, 1, 5, 5), float(bias), dtype=torch.float64), own[3].weight[:, 1:], padding=1))
+    net = stirred(L.build("dcgan", width=0.1))["D"]
+    chains = L.channel_chains(net)
+    net.norms[2].weight.data *= 1e-6
+    best = int(net.norms[2].weight.abs().argmax())
+    masks = L.channel_masks(net, 0.2, chains)
+    assert masks["convs.2"].nonzero().flatten().tolist() == [best]
+
+
+def test_channel_masks_are_exact_also_when_all_scales_are_equal():
+    net = L.build("dcgan", width=0.1)["G"]                     # scales are 1
+    chains = L.channel_chains(net)
+    total = sum(len(m) for m in L.gammas_of(net, chains).values())
+    for share in (0.1, 0.45, 1.0, 1e-6):
+        masks = L.channel_masks(net, share, chains)
+        assert sum(int(m.sum()) for m in masks.values()) == max(4, round(share * total)) and all(m.any() for m in masks.values())
+    for share in (0, 1.5, math.nan):
+        with pytest.raises(ValueError, match="share of channels"):
+            L.channel_masks(net, share, chains)
+    with pytest.raises(ValueError, match="no batch norm.*dcgan"):
+        L.channel_masks(net, 0.5, [])
+    with pytest.raises(ValueError, match="affine"):
+        L.channel_masks(nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2, affine=False), nn.Conv2d(2, 1, 1)), 0.5, [L.Chain("0", "1", ("2",))])
+
+
+def test_an_early_bird_needs_five_masks_that_are_all_near_the_newest():
+    mask = lambda *on: {"a": torch.tensor([i in on for i in range(10)]), "b": torch.tensor([True] * 10)}
+    assert L.mask_distance(mask(0, 1), mask(0, 2)) == 0.1 and L.mask_distance(mask(0), mask(0)) == 0
+    same_, near, far = mask(0, 1), mask(0, 2), mask(4, 5, 6)
+    assert L.early_bird([same_] * 4) == (False, [0, 0, 0])
+    assert L.early_bird([same_, near, same_, near, same_]) == (True, [0, 0.1, 0, 0.1])
+    found, distances = L.early_bird([far, same_, same_, same_, same_])
+    assert not found and distances == [0.25, 0, 0, 0] and L.early_bird([far, *[same_] * 5])[0]       # older than five: forgotten
+
+
+def test_dead_channels_are_found_and_cutting_them_changes_nothing():
+    nets = stirred(L.build("dcgan", width=0.1)).double().eval()
+    for role, net in nets.items():
+        chains = L.channel_chains(net)
+        assert not any(d.any() for d in L.dead_channels(net, chains).values())
+        masks = {n: (torch.rand(w.shape, generator=L.rng(0, 0, n)) < 0.02).double() for n, w in L.prunable_parameters(net).items()}
+        L.apply_masks_(net, masks)
+        x = torch.randn(4, 64).double() if role == "G" else torch.rand(4, 3, 32, 32).double()
+        small, wanted, cut = net, net(x), 0
+        dead = L.dead_channels(small, chains)
+        while any(d.any() for d in dead.values()):
+            cut += sum(int(d.sum()) for d in dead.values())
+            small = L.slim(small, {n: ~d for n, d in dead.items()}, chains)
+            dead = L.dead_channels(small, chains)
+        assert cut > 0 and close(wanted, small(x))
+    # One of each kind: nothing out; nothing in, and ReLU of the constant is 0; nothing in, and it is not; alive.
+    own = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 1)).eval()
+    own[0].weight.data[1:3], own[3].weight.data[:, 0] = 0, 0
+    own[1].bias.data = torch.tensor([5.0, -5, 5, 0])
+    assert L.dead_channels(own, [L.Chain("0", "1", ("3",))])["0"].tolist() == [True, True, False, False]
+    assert L.dead_channels(own, [L.Chain("0", "1", ("3",), 0.2)])["0"].tolist() == [True, False, False, False]      # leaky: -1 is not 0
+    own[3].weight.data[:] = 0
+    assert L.dead_channels(own, [L.Chain("0", "1", ("3",))])["0"].tolist() == [False, True, True, True]
+
+
+# ==================================================================================================
+# 9. DYNAMIC SPARSE TRAINING
 
 def layers(seed=0):
     """Weights, masks and gradients of two layers, masked at about a half."""
@@ -1528,7 +1715,7 @@ def test_the_average_has_only_kept_weights_right_after_a_mask_moved():
 
 
 # ==================================================================================================
-# 9. METRICS
+# 10. METRICS
 
 def test_frechet_distance_of_the_worked_example_and_its_laws():
     t = lambda rows: torch.tensor(rows, dtype=torch.float64)
@@ -1694,7 +1881,7 @@ def test_training_macs_reproduce_the_published_totals_and_count_growth_and_ratio
 
 
 # ==================================================================================================
-# 10. COMMAND LINE
+# 11. COMMAND LINE
 
 def refused(capsys, argv, *words, code=2):
     """main(argv) ends with `code` and one line on stderr that holds `words`; nothing is written."""
@@ -1713,7 +1900,11 @@ def empty(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("argv, words", [
-    ("--method imp2", ["imp2", "dense, static, sdst, ddst, imp, ticket, transfer, magnitude, snip, grasp"]),
+    ("--method imp2", ["imp2", "dense, static, sdst, ddst, imp, ticket, transfer, magnitude, snip, grasp, earlybird"]),
+    *([] if torch.cuda.is_available() else [("--amp", ["--amp", "CUDA", "bfloat16", "cpu"])]),
+    ("--method earlybird --density 0.4", ["--density", "--channels"]), ("--method earlybird --model linear_ae", ["linear_ae", "batch norm", "every other model"]),
+    ("--method earlybird --channels 0", ["--channels", "(0, 1]"]), ("--method earlybird --gamma-l1 -1", ["--gamma-l1"]), ("--channels 0.5", ["--channels", "earlybird"]),
+
     ("--method snip --steps 9 --rewind-step 9", ["rewind step 9"]), ("--method magnitude --score-batches 3", ["--score-batches", "snip, grasp"]),
     ("--method snip --score-batches 0", ["--score-batches", "at least 1"]), ("--method grasp --density-D 0.5", ["--density-D", "resnet20"]),
     ("--method snip --density 1.5", ["(0, 1]"]), ("--method grasp --rounds 2", ["--rounds"]), ("--method ddst --model ae", ["GAN", "ae", "--method sdst"]),
@@ -1843,7 +2034,8 @@ def test_every_method_as_a_real_command_runs_refuses_continues_and_loads(empty, 
         return subprocess.CompletedProcess(argv, code, *capsys.readouterr())
 
     flags = {"dense": ["--model", "dcgan"], "imp": ["--rounds", "2", "--prune-rate", "0.45", "--rewind-step", "1", "--controls"],
-             "ticket": ["--ticket", "t.pt", "--controls"], "transfer": ["--ticket", "t.pt", "--model", "dcgan"]}.get(method, ["--density", "0.3"])
+             "ticket": ["--ticket", "t.pt", "--controls"], "transfer": ["--ticket", "t.pt", "--model", "dcgan"],
+             "earlybird": ["--channels", "0.3"]}.get(method, ["--density", "0.3"])
     flags = flags + ["--model", "vae", "--rewind-step", "1"] * (method in L.SCORED)
     if method in ("ticket", "transfer"):
         a_ticket(tmp_path / "t.pt", "vae", 0.03, 0.3)
@@ -1864,14 +2056,14 @@ def test_every_method_as_a_real_command_runs_refuses_continues_and_loads(empty, 
                "training_macs_relative seconds".split()) <= set(summary)
     nets, saved = L.load_model(folder / "model.pt")
     assert saved["metrics"]["value"] == pytest.approx(summary["value"]) and not nets.training
-    if method != "dense":
+    if method not in ("dense", "earlybird"):
         pool = nets["G"] if method in ("static", "sdst", "ddst") else nets
         weights = L.prunable_parameters(pool)
         share = sum(int((w != 0).sum()) for w in weights.values()) / sum(w.numel() for w in weights.values())
         assert share == pytest.approx(0.3, abs=0.06 if method == "transfer" else 0.02)     # D's head is fresh and dense
     names = {"config.json", "metrics.csv", "model.pt", "samples.png", "summary.json"}
     dones = {"imp": ["dense"] + [f"round-0{k}{end}" for k in (1, 2) for end in ("", "-random", "-shuffled")],
-             "ticket": ["ticket", "ticket-random", "ticket-shuffled"]}.get(method, ["before"] * (method in L.SCORED) + [method])
+             "ticket": ["ticket", "ticket-random", "ticket-shuffled"], "earlybird": ["before", "slim"]}.get(method, ["before"] * (method in L.SCORED) + [method])
     names |= {f"done-{name}.pt" for name in dones} | ({"ticket-01.pt", "ticket-02.pt"} if method == "imp" else set())
     names |= {"reconstructions.png"} if summary["model"] == "vae" else set()
     assert {p.name for p in folder.iterdir()} - {"curve.png"} == names
@@ -1934,6 +2126,67 @@ def test_scores_that_rank_nothing_end_the_run_in_one_line(empty, capsys, monkeyp
     assert "all scores are 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("model, more", [("resnet14", ["--width", ".2"]), ("sngan", [*TINY[:2], "--n-critic", "2", "--lr", ".01"]), ("vae", ["--width", ".05", "--lr", ".01"])])
+def test_an_early_bird_goes_on_with_exactly_what_was_cut_out(empty, capsys, monkeypatch, model, more):
+    real, birds = L.shapes, []
+    monkeypatch.setattr(L, "shapes", lambda count, *a, **k: real(min(count, 660), *a, **k))
+    monkeypatch.setattr(L, "early_bird", lambda masks: (len(masks) == 3, [L.mask_distance(masks[-1], m) for m in masks[:-1]]))
+    argv = ["--method", "earlybird", "--model", model, *more, "--batch-size", "33" if model == "sngan" else "66", "--steps", "70", "--eval-every", "70", "--channels", "0.4", "--out", "e"]
+    assert L.main(argv) == 0
+    said, summary = capsys.readouterr().out, json.loads((empty / "e/summary.json").read_text())
+    before, after, saved = (L.load_torch(empty / "e" / name) for name in ("done-before.pt", "done-slim.pt", "model.pt"))
+    epoch = 10                                                # of 660 images; sngan has two batches a step
+    assert before["step"] == 3 * epoch == summary["found_step"] and summary["found"] and after["step"] == 70 == summary["steps"]
+    assert [int(s) for s in re.findall(r"^step (\d+), epoch", said, re.M)] == [epoch, 2 * epoch, 3 * epoch]
+    s = L.resolve(L.parse(argv))
+    nets = L.fresh_networks(s)
+    nets.load_state_dict(before["weights"])
+    chains, masks = L.channel_chains(nets), before["state"]["channels"][-1]
+    wanted = L.channel_masks(nets, 0.4, chains)
+    assert same(masks, wanted) and {c.conv.split(".")[0] for c in chains} == {"resnet14": {"net"}, "sngan": {"G"}, "vae": {"encoder", "decoder"}}[model]
+    small = L.slim(nets, masks, chains)
+    images, labels = real(660)
+    job = L.load_job(s, nets, {})
+    if model == "sngan":                                      # the average is cut too, and what was measured is its
+        average = L.build("sngan", 32, 3, 0.03)["G"]
+        average.load_state_dict(L.of_role(before["ema"], "G"))
+        use = L.for_use(s, small, nn.ModuleDict({"G": L.slim(average, L.of_role(masks, "G"), L.channel_chains(average))}))
+    else:
+        use = L.for_use(s, small, {})
+    assert L.measurement(job)(use)["metric"] == pytest.approx(summary["value_slimmed"], rel=1e-6)
+    value = re.search(r"([\d.]+) before slimming, ([\d.]+) right after", said)
+    assert float(value[2]) == pytest.approx(summary["value_slimmed"], abs=1e-4) and float(value[1]) == pytest.approx(summary["value_before"], abs=1e-4)
+    back, _ = L.load_model("e/model.pt")                      # narrower, and by its own name
+    assert {n: p.shape for n, p in back.named_parameters()} == {n: p.shape for n, p in small.named_parameters()}
+    assert sum(p.numel() for p in back.parameters()) == summary["parameters"] < sum(p.numel() for p in nets.parameters())
+    assert L.measurement(job)(back)["metric"] == pytest.approx(summary["value"], rel=1e-6)
+    assert not same({n: p for n, p in back.named_parameters()}, {n: p for n, p in small.named_parameters()})      # it trained on
+    weights = lambda m: sum(w.numel() for w in L.prunable_parameters(m).values())
+    assert summary["density"] == pytest.approx(weights(small) / weights(nets))
+    if model != "sngan":                                      # MACs: dense to the bird, slim after it
+        macs = lambda m: sum(L.positions_of(m, 32, 3)[n] * w.numel() for n, w in L.prunable_parameters(m).items())
+        assert summary["macs_relative"] == pytest.approx(macs(small) / macs(nets))
+        assert summary["training_macs_relative"] == pytest.approx((30 + 40 * macs(small) / macs(nets)) / 70)
+    assert summary["step_s"] > 0 and summary["step_s_before"] > 0
+
+
+def test_scales_that_have_not_moved_give_no_mask_and_the_penalty_pulls_them_down(empty, capsys, monkeypatch):
+    real = L.shapes
+    monkeypatch.setattr(L, "shapes", lambda count, *a, **k: real(min(count, 660), *a, **k))
+    flags = "--method earlybird --model ae --width .05 --batch-size 66 --steps 60".split()
+    assert L.main([*flags, "--lr", "1e-9", "--out", "still"]) == 0
+    said = capsys.readouterr().out
+    assert [int(s) for s in re.findall(r"^step (\d+): the scales have hardly moved", said, re.M)] == [10, 20]
+    assert "step 30, epoch 3.0: distance to the masks before: -; half of the steps are over" in said
+    assert not json.loads((empty / "still/summary.json").read_text())["found"]
+    sums = []
+    for out, penalty in (("free", "0"), ("pulled", "0.5")):
+        assert L.main([*flags, "--gamma-l1", penalty, "--out", out]) == 0
+        weights = L.load_torch(empty / out / "done-before.pt")["weights"]
+        sums.append(sum(float(w.abs().sum()) for n, w in weights.items() if "norms" in n and n.endswith("weight")))
+    assert sums[1] < sums[0]
+
+
 @pytest.mark.parametrize("model", ["ae", "vae", "wgan", "resnet14"])
 def test_the_rounds_of_every_kind_of_model_are_what_their_trainings_measured(empty, model):
     flags = f"--method imp --model {model} --width .05 --batch-size 8 --steps 8 --rounds 2 --prune-rate .5 --controls --out r"
@@ -1956,7 +2209,7 @@ def test_a_classifier_trains_on_the_labels_of_its_images(monkeypatch):
     images, labels = L.shapes(40)
     labels = torch.arange(40)                                 # its own number as label
     s, seen = settings(model="resnet14", method="dense"), []
-    monkeypatch.setattr(L, "classifier_step", lambda net, optimizer, x, truth, masks: seen.append((x, truth)))
+    monkeypatch.setattr(L, "classifier_step", lambda net, optimizer, x, truth, masks, amp: seen.append((x, truth)))
     s["crop"] = 0
     step_fn = L.step_function(s, images, labels, nn.ModuleDict({"net": nn.Linear(1, 1)}), {"net": torch.optim.SGD([torch.zeros(1)], 1)}, {})
     for step in range(12):
@@ -1979,6 +2232,12 @@ def test_rounds_over_seeds_are_judged_by_their_spread(empty, capsys):
     assert f"{np.mean(ticket):.4f} ± {np.std(ticket, ddof=1):.4f}" in lines[4]
     word = L.verdict(np.mean(dense), np.mean(ticket), np.mean(random), False, np.std(dense), np.std(ticket) + np.std(random))
     assert lines[4].endswith(word)
+    row = {"round": 1, "density": 0.5, "dense": 1.0, "ticket": 0.9, "random": 0.95, "shuffled": 0.2, "verdict": "wins"}
+    runs = [{"metric": "FD", "seed": k, "rounds": [{**row, "ticket": 0.9 + 0.02 * k, "random": 0.95 + 0.02 * k}]} for k in (0, 1)]
+    assert L.round_table(runs).endswith("wins") and "0.2000" in L.round_table(runs)      # by the random ticket, not by the shuffled mask
+    for run in runs:
+        run["rounds"][0]["random"] -= 0.03                    # ahead by 0.02, less than both spreads together
+    assert L.round_table(runs).endswith("matches")
 
 
 def test_trainings_that_are_compared_are_measured_alike(empty, capsys):
@@ -2104,6 +2363,8 @@ def main_killed(said, when, count, argv):
         return counting
 
     L.write_atomically, L.gan_step, L.classifier_step = write, counted(L.gan_step), counted(L.classifier_step)
+    shapes = L.shapes
+    L.shapes = lambda count, *a, **k: shapes(min(count, 660), *a, **k)               # an epoch of few steps
     L.draw_pictures = lambda *args: None                      # pictures are not compared, and torchvision takes a second
     sys.exit(L.main(argv))
 
@@ -2147,6 +2408,27 @@ def test_tickets_killed_in_every_kind_of_training_and_started_again_are_bit_iden
     assert rows[0] == rows[1]
     a, b = (json.loads((tmp_path / out / "summary.json").read_text()) for out in ("killed", "whole"))
     assert a["rounds"] == b["rounds"] and a["training_macs_relative"] == b["training_macs_relative"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_an_early_bird_killed_before_at_and_after_slimming_and_started_again_is_bit_identical(tmp_path):
+    flags = "--method earlybird --model resnet14 --width .1 --batch-size 66 --steps 40 --image-size 8 --gamma-l1 1e-4 --checkpoint-s 0".split()
+
+    def start(out, when="never", count=0):
+        return run_killed(tmp_path, [*flags, "--out", str(tmp_path / out)], when, count)
+
+    # Every start estimates with 2 steps first. An epoch has 10, the masks of 10 and 20 are drawn before half of the steps are over.
+    for when, count, there in (("step", 16, "last.pt"), ("during", 12, "last.pt"), ("after", 4, "done-before.pt"), ("step", 14, "done-before.pt")):
+        code, said = start("killed", when, count)
+        assert code == -signal.SIGKILL and (tmp_path / "killed" / there).exists(), said
+    assert start("killed")[0] == 0 and start("whole")[0] == 0
+    for name in ("done-before.pt", "done-slim.pt", "model.pt"):
+        a, b = (L.load_torch(tmp_path / out / name) for out in ("killed", "whole"))
+        assert same(a["weights"], b["weights"]), name
+    assert all(same(x, y) for x, y in zip(*(L.load_torch(tmp_path / out / "done-before.pt")["state"]["channels"] for out in ("killed", "whole")), strict=True))
+    a, b = (json.loads((tmp_path / out / "summary.json").read_text()) for out in ("killed", "whole"))
+    assert {k: v for k, v in a.items() if "s" != k[-1:] and not k.startswith(("step_s", "seconds"))} == {
+        k: v for k, v in b.items() if "s" != k[-1:] and not k.startswith(("step_s", "seconds"))}
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
