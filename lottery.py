@@ -877,16 +877,18 @@ def gan_step(G, D, optimizers, draw_real, draw_latents, objective="hinge", n_cri
                     parameter.clamp_(-clip, clip)
         apply_masks_(D, masks["D"])
     z = draw_latents("G", 0)                                  # (B_G, z)
-    seen = steady_logits(G, D, lambda: D(G(z))) if amp and look else None
     optimizers["G"].zero_grad()
     with autocast(D, amp):
         fake_logits = D(G(z)).float()                         # (B_G, 1)
     loss_G = generator_loss(objective, fake_logits)
     loss_G.backward(inputs=[p for p in G.parameters() if p.requires_grad])       # nothing is added to D's .grad
+    fake_logits = fake_logits.detach()
+    if amp and look:            # now: the forward has moved spectral norm's vectors, and G has not moved yet
+        fake_logits = steady_logits(G, D, lambda: D(G(z)))
     optimizers["G"].step()
     apply_masks_(G, masks["G"])
     return {"losses": {"D": loss_D.detach(), "G": loss_G.detach()},
-            "real": real, "z": z, "fake_logits": fake_logits.detach() if seen is None else seen}
+            "real": real, "z": z, "fake_logits": fake_logits}
 
 
 def autoencoder_losses(nets, x, noise=None, beta=1.0, amp=False):
