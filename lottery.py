@@ -36,6 +36,7 @@ import platform
 import shlex
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -454,7 +455,7 @@ class ResDecoder(nn.Module):
         self.head = nn.Conv2d(widths[-1], channels, 3, padding=1)
 
     def forward(self, z):                                                       # (B, z)
-        x = self.stem(z).view(len(z), -1, self.bottom, self.bottom)             # (B, w, 4, 4)
+        x = self.stem(z).unflatten(1, (-1, self.bottom, self.bottom))           # (B, w, 4, 4)
         for block in self.blocks:
             x = block(x)
         return self.head(F.relu(self.norm(x))).tanh()                           # (B, c, S, S)
@@ -2295,7 +2296,7 @@ READ_BY_MODEL = {                   # and by some models
     "density_D": GANS, "n_critic": GANS, "ratio_every": GANS, "beta": VAES,
     "z": tuple(m for m in MODELS if m not in CLASSIFIERS), "features": SAMPLED, "inception_weights": SAMPLED, "eval_images": SAMPLED,
 }
-FOR_EVALUATE = {"evaluate", "device", "data", *EVALUATION}
+FOR_EVALUATE, FOR_EXPORT = {"evaluate", "device", "data", *EVALUATION}, {"export"}
 NOT_IDENTITY = {"device", "out", "data", "checkpoint_s", "environment", "given", *EVALUATION}
 
 
@@ -2350,6 +2351,7 @@ def parse(argv):
     add("--features", help="random (default), inception, or the model.pt of a trained classifier")
     add("--inception-weights", metavar="FILE", help="the FID network's weights (default: torch.hub's cache or download)")
     add("--evaluate", metavar="DIR", help="measure a finished run again")
+    add("--export", metavar="DIR", help="cut the dead channels of a finished run out: small.pt, and programs that run without this file")
     add("--table", metavar="DIR", nargs="+", help="print finished runs side by side, mean and sd over seeds")
 
     def error(message):
@@ -3183,14 +3185,20 @@ def load_model(path, device="cpu"):
     return nets.eval(), saved
 
 
-def run_evaluate(given):
-    """--evaluate DIR: a finished run measured again, a generator with these features and images."""
-    if unread := set(given) - FOR_EVALUATE:
-        raise ValueError(f"{flag(unread.pop())} is not read with --evaluate; "
-                         f"{', '.join(map(flag, sorted(FOR_EVALUATE - {'evaluate'})))} are")
-    folder = Path(given["evaluate"])
+def finished_run(given, name, read):
+    """The run folder that --evaluate or --export names. ValueError when it is not finished, or for a flag not in `read`."""
+    if unread := set(given) - read:
+        others = ", ".join(map(flag, sorted(read - {name})))
+        raise ValueError(f"{flag(unread.pop())} is not read with --{name}; " + (f"{others} are" if others else "it stands alone"))
+    folder = Path(given[name])
     if not (folder / "model.pt").exists():
         raise ValueError(f"no finished run in {folder}: it has no model.pt; name a run folder whose training has ended")
+    return folder
+
+
+def run_evaluate(given):
+    """--evaluate DIR: a finished run measured again, a generator with these features and images."""
+    folder = finished_run(given, "evaluate", FOR_EVALUATE)
     device = str(pick_device(given.get("device")))
     nets, saved = load_model(folder / "model.pt", device)
     check_read(given, READ_BY_MODEL, saved["settings"]["model"])
@@ -3201,6 +3209,55 @@ def run_evaluate(given):
         raise ValueError(f"{folder}: a distance needs 640 images; pass a larger --eval-images or --data")
     print(f"{folder}: {numbers['metric_name']} {numbers['metric']:.4f}" + "".join(f", {title} {numbers[key]:.4f}" for key, title in (
         ("floor", "real against real"), ("kid", "KID"), ("error", "held-out error")) if key in numbers))
+
+
+def without_dead_channels(nets, masks):
+    """(nets, masks, number cut per role): `slim` again and again, until no channel is dead. In eval mode the output stays."""
+    cut_out = dict.fromkeys(nets, 0)
+    chains = channel_chains(nets)
+    while True:
+        alive = {name: ~dead for name, dead in dead_channels(nets, chains).items()}
+        if all(mask.all() for mask in alive.values()):
+            return nets, masks, cut_out
+        for name, mask in alive.items():
+            cut_out[name.split(".")[0]] += int((~mask).sum())
+        slices = channel_slices(nets, alive, chains)
+        nets, masks = slim(nets, alive, chains), {name: cut(mask, slices.get(name, [])) for name, mask in masks.items()}
+
+
+def run_export(given):
+    """--export DIR: the run's networks without their dead channels, as small.pt for load_model, and each as a torch.export
+    program, small-ROLE.pt2, that torch.export.load runs without this file, at any batch size."""
+    folder = finished_run(given, "export", FOR_EXPORT)
+    nets, saved = load_model(folder / "model.pt")
+    s, totals = saved["settings"], {role: sum(len(net.get_submodule(c.norm).weight) for c in channel_chains(net)) for role, net in nets.items()}
+    small, masks, cut_out = without_dead_channels(nets, saved["masks"])
+    save_torch(folder / "small.pt", {**saved, "weights": small.state_dict(), "masks": masks})
+    rows = [["network", "dead channels", "weights before", "after", "not 0", "MACs before", "after", "ms an image before", "after", "program"]]
+    for role, net in nets.items():
+        shape = (net.z,) if role in ("G", "decoder") else (s["channels"], s["image_size"], s["image_size"])
+        x = torch.rand(64, *shape, generator=rng(0, 0, "export"))
+        program, buffer = torch.export.export(small[role], (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)), io.BytesIO()
+        with warnings.catch_warnings():                       # "No complete tensor found in the group": of no account on a CPU
+            warnings.simplefilter("ignore")
+            torch.export.save(program, buffer)
+        write_atomically(folder / f"small-{role}.pt2", lambda file: file.write(buffer.getvalue()))
+        both = [(module, prunable_parameters(module), mac_positions(module, x[:1])) for module in (net, small[role])]
+        macs = [sum(places[name] * weights[name].numel() for name in weights) for _, weights, places in both]
+        times = np.median([[seconds_of(lambda: module(x)) for module, _, _ in both] for _ in range(20)][2:], axis=0)      # in turn
+        rows.append([role, f"{cut_out[role]:,} of {totals[role]:,}", *(f"{sum(w.numel() for w in weights.values()):,}" for _, weights, _ in both),
+                     f"{sum(int(torch.count_nonzero(w)) for w in both[1][1].values()):,}", *(f"{m:,}" for m in macs),
+                     *(f"{1000 * t / len(x):.3f}" for t in times), f"small-{role}.pt2"])
+    print(aligned(rows))
+    print(f"small.pt and the programs are in {folder}. MACs and times are of the tensors as they are, zeros and all, 64 images a batch, "
+          f"{torch.get_num_threads()} threads")
+
+
+@torch.no_grad()
+def seconds_of(work):
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
 
 
 def run_table(folders):
@@ -3261,6 +3318,8 @@ def main(argv=None):
             run_table(given["table"])
         elif "evaluate" in given:
             run_evaluate(given)
+        elif "export" in given:
+            run_export(given)
         else:
             run(given)
     except (ValueError, OSError) as error:

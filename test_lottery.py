@@ -2170,6 +2170,44 @@ def test_an_early_bird_goes_on_with_exactly_what_was_cut_out(empty, capsys, monk
     assert summary["step_s"] > 0 and summary["step_s_before"] > 0
 
 
+def ticket_run(folder, model, share, **more):
+    """A run folder with nothing but a model.pt: a network stirred and pruned at random to `share`."""
+    s = {**settings(model=model, method="static" if model != "sngan" else "dense", width=0.1), **more}
+    nets = stirred(L.build(model, s["image_size"], 3, 0.1, seed=1, classes=s["classes"]))
+    masks = {n: (torch.rand(w.shape, generator=L.rng(0, 0, n)) < (0.5 if "original" in n else share)).float() for n, w in L.prunable_parameters(nets).items()}
+    L.apply_masks_(nets, masks)
+    folder.mkdir()
+    L.save_torch(folder / "model.pt", {"format": 1, "weights": nets.state_dict(), "settings": L.identity(s), "masks": L.to_bool(masks), "metrics": {}})
+    return nets.eval()
+
+
+@pytest.mark.parametrize("model", ["dcgan", "resnet20", "sngan"])
+def test_an_exported_run_is_smaller_computes_the_same_and_runs_without_this_file(empty, capsys, model):
+    nets = ticket_run(empty / "r", model, 0.02)
+    assert L.main(["--export", "r"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    small, saved = L.load_model(empty / "r/small.pt")
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in nets.parameters())
+    assert L.counts_of(saved["masks"]).keys() == L.counts_of(L.load_torch("r/model.pt")["masks"]).keys()
+    for line, (role, net) in zip(lines[1:], nets.items()):
+        x = torch.randn(5, net.z) if role == "G" else torch.rand(5, 3, 32, 32)
+        wanted = net(x)
+        assert torch.allclose(small[role](x), wanted, rtol=1e-5, atol=1e-5)
+        torch.save({"x": x, "y": wanted.detach()}, empty / "xy.pt")
+        code = (f"import torch, sys; d = torch.load('xy.pt', weights_only=True); p = torch.export.load('r/small-{role}.pt2').module()\n"
+                "assert torch.allclose(p(d['x']), d['y'], rtol=1e-5, atol=1e-5) and 'lottery' not in sys.modules")
+        if role != "D":                                       # one subprocess a model is enough
+            done = subprocess.run([sys.executable, "-c", code], cwd=empty, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        before, after = (sum(w.numel() for w in L.prunable_parameters(m[role]).values()) for m in (nets, small))
+        dead, total = re.search(r"([\d,]+) of ([\d,]+)", line).groups()
+        channels = lambda m: sum(len(m[role].get_submodule(c.norm).weight) for c in L.channel_chains(m[role]))
+        assert line.startswith(role) and f"{before:,}" in line and f"{after:,}" in line
+        assert int(dead.replace(",", "")) == channels(nets) - channels(small) and int(total.replace(",", "")) == channels(nets)
+    refused(capsys, ["--export", "nowhere"], "nowhere")
+    refused(capsys, ["--export", "r", "--steps", "3"], "--steps", "stands alone")
+
+
 def test_scales_that_have_not_moved_give_no_mask_and_the_penalty_pulls_them_down(empty, capsys, monkeypatch):
     real = L.shapes
     monkeypatch.setattr(L, "shapes", lambda count, *a, **k: real(min(count, 660), *a, **k))
@@ -2632,6 +2670,35 @@ def bench_scores(batch_size):
               f"({1e3 * median([t[place] for t in turns]):.0f} ms, {1e3 * median([t[0] for t in turns]):.0f} ms; wanted <= {wanted})")
 
 
+def bench_slim(batch_size=16, pairs=5):
+    """A step of dcgan at width 1, slim over dense, in turn, beside the MACs; and what the rest of the time is."""
+    s = L.resolve(dict(method="dense", dataset="cifar10", model="dcgan", batch_size=batch_size, device="cpu"))
+    images, whole = L.shapes(200)[0], stirred(L.build("dcgan", 32, 3, 1.0, s["z"]))
+    chains = L.channel_chains(whole)
+
+    def stepper(nets):
+        return L.step_function(s, images, None, nets, L.make_optimizers(nets, s), {})
+
+    def macs(nets):
+        places = L.positions_of(nets, 32, 3)
+        return sum(places[n] * w.numel() for n, w in L.prunable_parameters(nets).items())
+
+    def rest(step):                                           # the share of a step outside of convolutions
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            step(0)
+        times = {e.key: e.self_cpu_time_total for e in profile.key_averages()}
+        return 1 - sum(t for key, t in times.items() if "conv" in key) / sum(times.values())
+
+    dense = stepper(whole)
+    for share in (0.7, 0.45, 0.3):
+        nets = L.slim(whole, L.channel_masks(whole, share, chains), chains)
+        small = stepper(nets)
+        turns = [(timed(lambda: small(k), 1), timed(lambda: dense(k), 1)) for k in range(pairs + 1)][1:]
+        time_, mac = median([a / b for a, b in turns]), macs(nets) / macs(whole)
+        print(f"a step of dcgan, width 1, batch {batch_size}, {share:.0%} of the channels, over dense: time {time_:.2f}, MACs {mac:.2f}, quotient {time_ / mac:.2f}"
+              f"{'; wanted <= 1.3' if share == 0.7 else ''}; outside of convolutions {rest(small):.0%} of the step (dense {rest(dense):.0%})")
+
+
 def bench_agreement(data="data", share=0.2):
     """make bench with data/cifar-10-batches-py there: the share of kept weights that two sets of scoring batches have in common."""
     for model, dataset in (("resnet20", "cifar10"), ("vae", "cifar10"), ("dcgan", "fashion_mnist")):
@@ -2661,6 +2728,7 @@ def bench():
     bench_masks("sngan", 4)
     bench_scores(64)
     bench_scores(128)
+    bench_slim()
     if (HERE / "data/cifar-10-batches-py").exists() and (HERE / "data/FashionMNIST").exists():
         bench_agreement(HERE / "data")
 
