@@ -683,7 +683,8 @@ def prune_masks(scores, density, masks=None, scope="global"):
 
 def best_stays(scores, masks=None):
     """Scores in which the best weight of each layer, among those that `masks` keep, is raised to inf: prune_masks then
-    empties no layer. An empty layer cuts the network in two, and its spectral norm is 0/0."""
+    empties no layer, as long as it keeps as many weights as there are layers. An empty layer cuts the network in
+    two, and its spectral norm is 0/0."""
     raised = {name: score.detach().clone() for name, score in scores.items()}
     for name, score in raised.items():
         alive = torch.where(masks[name] != 0, score, -math.inf) if masks else score
@@ -727,15 +728,19 @@ def erk_densities(shapes, density):
     return {name: 1.0 if name in dense else eps * ratio[name] for name in shapes}
 
 
+def check_room(kept, layers, weights):
+    """ValueError unless `kept` of all weights are enough for one in every layer."""
+    if not layers <= kept <= weights:
+        raise ValueError(f"{kept} of {weights} weights cannot keep {layers} layers alive; pass a larger density")
+
+
 def exact_counts(densities, sizes, total):
     """Whole numbers near densities x sizes that add up to `total`, at least 1 and at most the size each.
 
     Floors first; what is left goes to the largest fractions. Rounding each layer by itself misses the
     total by a few weights, and drawing each weight by itself (as the authors' code does) by hundreds.
     """
-    if not len(sizes) <= total <= sum(sizes.values()):
-        raise ValueError(f"{total} of {sum(sizes.values())} weights cannot keep {len(sizes)} layers alive; "
-                         f"pass a larger density")
+    check_room(total, len(sizes), sum(sizes.values()))
     wanted = {name: densities[name] * sizes[name] for name in sizes}
     counts = {name: min(sizes[name], max(1, math.floor(wanted[name]))) for name in sizes}
     while (left := total - sum(counts.values())) != 0:
@@ -838,10 +843,22 @@ def untouched(*models):
             parameter.requires_grad_(flag)
 
 
+def spectral_norms(*models):
+    """(module whose eval mode stops the iteration, weight as a matrix, u, v) of every spectral norm, PyTorch's new kind and its older one."""
+    for module in [module for model in models for module in model.modules()]:
+        for weight in getattr(module, "parametrizations", {}).values():
+            yield from ((norm, norm._reshape_weight_to_matrix(weight.original), norm._u, norm._v) for norm in weight if hasattr(norm, "_u"))
+        for hook in module._forward_pre_hooks.values():
+            if hasattr(hook, "reshape_weight_to_matrix"):
+                raw, u, v = (getattr(module, f"{hook.name}_{end}") for end in ("orig", "u", "v"))
+                yield module, hook.reshape_weight_to_matrix(raw), u, v
+
+
 def autocast(model, on):
-    """Where --amp begins and ends: the forward passes of a training step, in bfloat16. Weights, optimizers, losses, masks,
-    scores, the balance ratio and distances stay in float32: a loss has small differences of large numbers, a score ranks
-    by them, and bfloat16 has three digits. (Its range is float32's, so no loss needs scaling, as it would in float16.)"""
+    """Where --amp begins and ends: the forward passes of a training step, in bfloat16, spectral norm's iteration with
+    them. Weights, optimizers, losses, masks, scores, the balance ratio and distances stay in float32: a loss has small
+    differences of large numbers, a score ranks by them, and bfloat16 has three digits. (Its range is float32's, so no
+    loss needs scaling, as it would in float16.)"""
     return torch.autocast(next(model.parameters()).device.type, torch.bfloat16) if on else contextlib.nullcontext()
 
 
@@ -919,9 +936,8 @@ def steady_logits(G, D, look):
     a gain of G would be an artefact); spectral norm does not iterate, so D is the same in every look of a step."""
     with untouched(G, D):
         G.train(), D.train()
-        for module in D.modules():
-            if isinstance(module, torch.nn.utils.parametrizations._SpectralNorm):
-                module.eval()
+        for norm, *_ in spectral_norms(D):
+            norm.eval()
         return look()
 
 
@@ -1218,7 +1234,7 @@ def score_random(model, generator):
 def score_snip(model, loss, batches=1, others=()):
     """SNIP: |w dL/dw|, how fast the loss changes when the weight's mask leaves 1. Lee et al. 2019.
 
-    loss    (k) -> scalar loss of `model` on the k-th scoring batch, without weight decay
+    loss    (k) -> scalar loss of `model` on the k-th scoring batch, without weight decay; the same at every call
     others  networks that the loss passes through besides: of a GAN's G, its D
 
     The absolute value is taken of the sum over batches; taken per batch it would score their noise. A GAN's
@@ -1226,6 +1242,7 @@ def score_snip(model, loss, batches=1, others=()):
     opposite directions, G's scores cancel, and one pool for both starves G. ValueError for a weight that is
     frozen or that the loss does not depend on, and for scores that rank nothing.
     """
+    check_batches(batches)
     with scoring(model, *others):
         weights = scorable(model)
         sums = summed_gradients(weights, loss, batches)
@@ -1243,6 +1260,7 @@ def score_grasp(model, loss, batches=1, others=()):
     For a classifier the paper divides the logits by 200 inside the loss, in both passes. That makes the
     probabilities nearly equal and changes the ranking, also its signs; other losses have no logits to divide.
     """
+    check_batches(batches)
     with scoring(model, *others):
         weights = scorable(model)
         products, last = [torch.zeros_like(w) for w in weights.values()], batches - 1
@@ -1269,6 +1287,8 @@ def summed_gradients(weights, loss, batches):
 
 def checked_gradients(weights, loss, create_graph=False):
     """dL/dw of every weight; ValueError for one that the loss does not depend on."""
+    if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+        raise ValueError("the loss does not depend on the model's weights: loss(k) is a scalar tensor made from the model's output")
     gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=create_graph, allow_unused=True)
     if missing := [name for name, g in zip(weights, gradients) if g is None]:
         raise ValueError(f"the loss does not depend on {missing[0]}, so it has no score; leave that layer out of the model")
@@ -1282,6 +1302,11 @@ def scorable(model):
         raise ValueError(f"{frozen[0]} is frozen (requires_grad is False), so it has no score; "
                          f"unfreeze it, or leave that layer out of the model")
     return weights
+
+
+def check_batches(batches):
+    if batches < 1:
+        raise ValueError(f"a score needs at least 1 batch; got {batches}")
 
 
 def check_scores(scores):
@@ -1298,25 +1323,28 @@ def check_scores(scores):
 def scoring(*models):
     """`untouched`, and what is inside depends on weights and data alone.
 
-    Batch norm takes the statistics of the batch (running ones are still empty at the start), dropout is off, and
-    every spectral norm's vectors are iterated 30 times from a fixed start, then still: one iteration in each
-    forward, as in training, would score with the vectors that happen to be there.
-    """
-    with untouched(*models), torch.enable_grad():
-        for module in [module for model in models for module in model.train().modules()]:
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                module.eval()
-            found = [(norm._reshape_weight_to_matrix(module.parametrizations.weight.original), norm._u, norm._v, norm)
-                     for norm in getattr(getattr(module, "parametrizations", None), "weight", []) if hasattr(norm, "_u")]
-            found += [(hook.reshape_weight_to_matrix(module.weight_orig), module.weight_u, module.weight_v, module)   # the older function
-                      for hook in module._forward_pre_hooks.values() if hasattr(hook, "reshape_weight_to_matrix")]
-            for matrix, u, v, norm in found:
-                left = torch.randn(len(matrix), generator=rng(0, 0, "spectral norm")).to(matrix)
-                for _ in range(30):
-                    right = F.normalize(matrix.detach().T @ left, dim=0)
-                    left = F.normalize(matrix.detach() @ right, dim=0)
-                u.copy_(left), v.copy_(right), norm.eval()
-        yield
+    Batch norm takes the statistics of the batch (running ones are still empty at the start), everything else is in
+    eval mode (no dropout), and every spectral norm's vectors are iterated 30 times from a fixed start, then still: one
+    iteration in each forward, as in training, would score with the vectors that happen to be there."""
+    devices = {p.device for model in models for p in model.parameters() if p.device.type == "cuda"}
+    # The older spectral norm leaves its normalised weight in the module, which would keep the graph of a score alive.
+    left = [(m, hook.name, getattr(m, hook.name)) for model in models for m in model.modules()
+            for hook in m._forward_pre_hooks.values() if hasattr(hook, "reshape_weight_to_matrix")]
+    with untouched(*models), torch.enable_grad(), torch.random.fork_rng(devices=list(devices)):
+        for module in [module for model in models for module in model.eval().modules()]:
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train()
+        for _, matrix, u, v in spectral_norms(*models):
+            one = torch.randn(len(matrix), generator=rng(0, 0, "spectral norm")).to(matrix)
+            for _ in range(30):
+                other = F.normalize(matrix.detach().T @ one, dim=0)
+                one = F.normalize(matrix.detach() @ other, dim=0)
+            u.copy_(one), v.copy_(other)
+        try:
+            yield
+        finally:
+            for module, name, weight in left:
+                setattr(module, name, weight)
 
 
 # ==================================================================================================
@@ -1567,7 +1595,7 @@ def channel_chains(model):
             found = [(a, f"norms.{i}", b, getattr(module, "leaky", 0.0)) for i, (a, b) in enumerate(zip(convs, convs[1:]))]
         elif isinstance(module, (UpBlock, DownBlock)) and isinstance(module.norm2, nn.BatchNorm2d):
             found = [("conv1", "norm2", "conv2", 0.0)]
-        elif type(module).__name__ == "BasicBlock":           # ours and torchvision's have the same names
+        elif isinstance(module, BasicBlock) or (type(module).__module__, type(module).__name__) == ("torchvision.models.resnet", "BasicBlock"):
             found = [("conv1", "bn1", "conv2", 0.0)]
         chains += [Chain(*(f"{path}.{name}".lstrip(".") for name in (conv, norm)), (f"{path}.{to}".lstrip("."),), slope)
                    for conv, norm, to, slope in found]
@@ -1590,7 +1618,8 @@ def channel_masks(model, fraction, chains):
 
     The best channel of every layer stays: an empty one would cut the network in two. Public code keeps what is
     strictly above a threshold: at the start, when all scales are equal, that is nothing."""
-    check_density(fraction, "the share of channels kept")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"the share of channels kept is in (0, 1]; got {fraction}")
     gammas = best_stays(gammas_of(model, chains))
     keep = keep_top(torch.cat(list(gammas.values())), max(len(gammas), round(fraction * sum(map(len, gammas.values())))))
     return {name: part.bool() for name, part in split_like(keep, gammas).items()}
@@ -1612,8 +1641,11 @@ def early_bird(masks, look_back=5, limit=0.1):
 
 def channel_slices(model, masks, chains):
     """{name of parameter or buffer: [(dimension, indices that stay), ...]} of cutting what channel `masks` drop.
-    ValueError for what cannot be cut: groups, parametrised weights, a mask of another length, a layer without channels."""
-    slices = {}
+    ValueError for what cannot be cut: groups, parametrised or shared weights, other norms than batch norm (one that mixes
+    channels gives other numbers), a mask of another length, a layer without channels."""
+    slices, owners = {}, {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
     for chain in chains:
         conv, norm, keep = model.get_submodule(chain.conv), model.get_submodule(chain.norm), masks[chain.conv]
         index, count = keep.nonzero().flatten(), len(keep)
@@ -1626,6 +1658,8 @@ def channel_slices(model, masks, chains):
         if not len(index) or conv.weight.shape[out] != count:
             raise ValueError(f"the mask of {chain.conv} keeps {len(index)} of {count} channels; "
                              f"it must keep at least 1 of {conv.weight.shape[out]}")
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.num_features != count:
+            raise ValueError(f"{chain.norm} is no batch norm of the {count} channels of {chain.conv}; leave its chain out")
         slices.setdefault(f"{chain.conv}.weight", []).append((out, index))
         if conv.bias is not None:
             slices[f"{chain.conv}.bias"] = [(0, index)]
@@ -1638,6 +1672,8 @@ def channel_slices(model, masks, chains):
                 raise ValueError(f"{name} reads {layer.weight.shape[dim]} inputs and {chain.conv} makes {count} channels: no chain")
             columns = (index[:, None] * places + torch.arange(places, device=index.device)).flatten()
             slices.setdefault(f"{name}.weight", []).append((dim, columns))
+    if shared := [names for names in owners.values() if len(names) > 1 and set(names) & set(slices)]:
+        raise ValueError(f"{' and '.join(shared[0])} are one tensor and cannot be cut; leave their chains out")
     return slices
 
 
@@ -1675,6 +1711,12 @@ def slim(model, masks, chains):
     return small
 
 
+def incoming(model, chain):
+    """(C, in x kh x kw): the weights that lead into each channel of a chain."""
+    conv = model.get_submodule(chain.conv)
+    return conv.weight.transpose(0, int(isinstance(conv, nn.ConvTranspose2d))).flatten(1)
+
+
 @torch.no_grad()
 def dead_channels(model, chains):
     """{chain's conv: bool (C,), True = dead}: in eval mode such a channel gives the output nothing, exactly.
@@ -1686,7 +1728,8 @@ def dead_channels(model, chains):
     dead = {}
     for chain in chains:
         conv, norm = model.get_submodule(chain.conv), model.get_submodule(chain.norm)
-        rows = conv.weight.transpose(0, int(isinstance(conv, nn.ConvTranspose2d))).flatten(1)           # (C, in)
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.weight is None or norm.running_mean is None:
+            raise ValueError(f"{chain.norm} is no batch norm with scales and running statistics, so what its channels emit is not known")
         mean = norm.running_mean - (0 if conv.bias is None else conv.bias)
         constant = norm.bias - norm.weight * mean / (norm.running_var + norm.eps).sqrt()
         emits = F.leaky_relu(constant, chain.slope) != 0
@@ -1694,7 +1737,7 @@ def dead_channels(model, chains):
         for consumer in map(model.get_submodule, chain.consumers):
             weight = consumer.weight.transpose(0, int(not isinstance(consumer, nn.ConvTranspose2d)))    # (in, ...)
             leads_out |= weight.reshape(len(emits), -1).any(1)
-        dead[chain.conv] = ~leads_out | ~rows.any(1) & ~emits
+        dead[chain.conv] = ~leads_out | ~incoming(model, chain).any(1) & ~emits
         if dead[chain.conv].all():
             dead[chain.conv][0] = False
     return dead
@@ -2276,7 +2319,7 @@ EVALUATION = dict(eval_images=None, features="random", inception_weights=None)  
 # On shapes, minutes on two cores. At its own lr two thousand steps of sngan give blobs; other models keep theirs.
 SHAPES_PRESET = {"gan": dict(width=0.125, batch_size=16, steps=2000), "autoencoder": dict(width=0.25, batch_size=64, steps=1000),
                  "classifier": dict(width=0.5, batch_size=64, steps=400), "sngan": dict(n_critic=1, lr=1e-3), "rounds": 5,
-                 "earlybird": dict(batch_size=64)}            # an early bird takes five epochs
+                 "earlybird": dict(batch_size=64, steps=2000)}            # it takes five epochs, and as many steps after them
 PAPER_ROUNDS = 20                                           # of Kalibhat et al. 2021: 1 % of the weights is left
 CPU_SIZE = dict(width=0.25, n_critic=1, batch_size=32)      # what a CPU can train on photographs in 20 minutes
 CHANGE, FLOOR = 0.05, 0.05          # DDST: one change of D's density, and where it ends (shares of D's weights)
@@ -2437,7 +2480,8 @@ def resolve(given):
     choose("scope", s["scope"], SCOPES)
     for name in ("density", "density_D", "max_density_D"):
         check_density(s[name], flag(name))
-    check_density(s["channels_kept"], "--channels")
+    if not 0 < s["channels_kept"] <= 1:
+        raise ValueError(f"--channels is the share of channels kept, in (0, 1]; got {s['channels_kept']}")
     if method == "imp":
         if "density" not in given:
             s["density"] = None
@@ -2451,7 +2495,7 @@ def resolve(given):
             if what not in readers and name not in {*EVALUATION, *kept_by_ticket}:
                 s[name] = None
     s["device"] = str(pick_device(given.get("device")))
-    if s["amp"] and not (s["device"].startswith("cuda") and torch.cuda.is_bf16_supported()):
+    if s["amp"] and not (s["device"].startswith("cuda") and torch.cuda.get_device_capability(s["device"]) >= (8, 0)):      # below, it is emulated
         raise ValueError(f"--amp needs a CUDA device that computes in bfloat16, where it saves time; this is {s['device']}")
     s.setdefault("out", f"runs/{method}-{model}-{Path(dataset).name}-{s['seed']}")
     return s
@@ -2549,7 +2593,7 @@ def check_folder(folder, settings):
     # Trainings that are compared must be measured alike.
     free = NOT_IDENTITY - (set(EVALUATION) if settings["method"] == "imp" or settings["controls"] else set())
     differ = [f"{n} {theirs.get(n)} there, {ours.get(n)} here" for n in sorted(theirs.keys() | ours.keys())
-              if n not in free and theirs.get(n) != ours.get(n)]
+              if n not in free and (theirs.get(n) or ours.get(n)) and theirs.get(n) != ours.get(n)]       # what is not there, is off
     if differ:
         raise ValueError(f"--out {folder} holds another run: {'; '.join(differ)}. Name another --out")
     for path in (folder / "last.pt", *folder.glob("done-*.pt")):          # a damaged one is better said before the data load
@@ -2617,6 +2661,12 @@ def start_masks(s, nets):
     nothing to store. Under ddst D has them even while all are 1, because they will move."""
     if s["method"] in ("ticket", "transfer"):
         return open_ticket(s, nets)[1]
+    if s["method"] in ("imp", *SCORED):                       # from dense, but not to nothing
+        density, roles = s["density"] or (1 - s["prune_rate"]) ** s["rounds"], s["prune"] if s["method"] == "imp" else s["roles"]
+        each = s["model"] in GANS and s["method"] != "imp" or s["scope"] == "network"
+        for pool in [[role] for role in roles] if each else [roles]:
+            sizes = [w.numel() for role in pool for w in prunable_parameters(nets[role]).values()]
+            check_room(round((s["density_D"] if pool == ["D"] and s["method"] != "imp" else density) * sum(sizes)), len(sizes), sum(sizes))
     if s["method"] not in ("static", "sdst", "ddst"):
         return {}
     shares = dict.fromkeys(s["roles"], s["density"])
@@ -2662,8 +2712,9 @@ def fitter(job):
 
     def fit(name, nets, masks, start=0, also=None, state=None, average=None):
         state, optimizers, ema = {} if state is None else state, make_optimizers(nets, s), nn.ModuleDict()
-        if empty := [weight for weight, mask in masks.items() if kept({weight: mask}) <= 1 < mask.numel()]:
-            print(f"{name}: at most one weight is left in {', '.join(empty)}", flush=True)
+        for count, what in enumerate(("no weight is", "one weight is")):
+            if thin := [weight for weight, mask in masks.items() if kept({weight: mask}) == count < mask.numel()]:
+                print(f"{name}: {what} left in {', '.join(thin)}", flush=True)
         if s.get("ema"):
             ema["G"] = copy.deepcopy(average or nets["G"]).requires_grad_(False)
         if gan:
@@ -2740,11 +2791,11 @@ def train_once(job):
     return finish(job, fitter(job)(job.settings["method"], job.nets, job.masks))
 
 
-def finish(job, fit, histories=None, first=None, extra_steps=0, whole=None, **more):
-    """Leave model.pt, pictures of its weights and summary.json; returns the summary. histories, first, extra_steps
+def finish(job, fit, histories=None, first=None, extra=0, whole=None, **more):
+    """Leave model.pt, pictures of its weights and summary.json; returns the summary. histories, first, extra
     and whole as of `summarise`, when there was more than this one training."""
     s, folder, use = job.settings, Path(job.settings["out"]), for_use(job.settings, fit.nets, fit.ema)
-    summary = {**summarise(s, fit, histories or [fit.state["history"]], first or fit.done.rows[0], extra_steps, whole or fit.nets), **more}
+    summary = {**summarise(s, fit, histories, first, extra, whole), **more}
     draw_pictures(job, use)                                   # those of another training may stand there
     save_torch(folder / "model.pt", {"format": 1, "weights": use.state_dict(), "settings": identity(s), "masks": to_bool(fit.masks),
                                      "metrics": {k: summary[k] for k in ("metric", "value", "floor", "kid")}})
@@ -2844,10 +2895,12 @@ def train_scored(job):
     began = time.perf_counter()
     masks = one_shot_masks(job)
     print("  " + ", ".join(f"{100 * share:.2f}% of {name.removeprefix('density_')}" for name, share in role_densities(job.nets, masks).items()) + " kept", flush=True)
-    # A gradient costs a step. GraSP has two, and a backward through the second one and its graph at twice its cost.
-    steps = (s["score_batches"] or 0) * (4 if s["method"] == "grasp" else 1)
+    # GraSP has two gradients per batch (of the last one, one) and a backward through the second at twice its cost.
+    n, f = s["score_batches"] or 0, forward_macs(s, job.nets)
+    gradient = 3 * sum(f.values()) if "G" not in f else s["g_batches"] * (3 * f["G"] + 2 * f["D"]) + (s["density_D"] < 1) * (f["G"] + 6 * f["D"])
+    macs = (4 * n - 1 if s["method"] == "grasp" else n) * s["batch_size"] * gradient
     return train_masked(job, fit, theta, masks, k, [[0, {}, []]] if k else [], seconds + time.perf_counter() - began,
-                        first=before and before.rows[0], extra_steps=steps)
+                        first=before and before.rows[0], extra=macs)
 
 
 def one_shot_masks(job):
@@ -2890,49 +2943,66 @@ def one_shot_masks(job):
     return masks
 
 
+def penalise_scales(model, chains, weight):
+    """An L1 penalty on the scales of the chains' batch norms: weight x sign(scale) is added to their gradients by hooks,
+    which are returned. You et al. 2020 take 1e-4, Kalibhat et al. 2021 none."""
+    scales = [model.get_submodule(chain.norm).weight for chain in chains]
+    return [scale.register_hook(lambda g, scale=scale: g + weight * scale.detach().sign()) for scale in scales if weight]
+
+
 def train_earlybird(job):
     """earlybird: train dense, draw the channel mask of every epoch, and when it has come to rest cut the channels and
     train what is left to the same total of steps."""
     s, fit, nets, chains = job.settings, fitter(job), job.nets, channel_chains(job.nets)
     epoch, share = max(1, len(job.images) // (s["batch_size"] * (s.get("n_critic") or 1))), s["channels_kept"]
-    start = torch.cat(list(gammas_of(nets, chains).values()))
-    state = {"channels": []}
+    by_role = {role: [chain for chain in chains if chain.conv.split(".")[0] == role] for role in nets}
+    # wgan clips D's scales to 0.01: beside G's in one pool, all of D's would go.
+    pools = [pool for pool in by_role.values() if pool] if MODELS[s["model"]].get("scope") == "network" else [chains]
+    scales = lambda: torch.cat(list(gammas_of(nets, chains).values()))
+    start, chance, state = scales(), 2 * share * (1 - share), {"channels": []}
     print_header(job)
-    print(f"  early bird: {100 * share:g}% of {len(start):,} channels, a mask per epoch of {epoch:,} steps; found when five agree to 0.1 "
-          f"(two random masks differ in {2 * share * (1 - share):.2f})")
+    print(f"  early bird: {100 * share:g}% of {len(start):,} channels, a mask per epoch of {epoch:,} steps; found when five agree to 0.1"
+          + (f", which two random masks do as well (they differ in {chance:.2f}): the test says nothing here" if chance <= 0.1 else "")
+          + ("; half of the steps are over before that, more --steps would help" if 10 * epoch > s["steps"] else ""))
     estimate(job)
 
-    def watch(step, out):
-        late = 2 * step >= s["steps"]
-        if step % epoch and not late:
-            return False
-        scales = torch.cat(list(gammas_of(nets, chains).values()))
-        if float((scales - start).norm()) < 0.01 * float(start.norm()) and not late:       # they rank nothing yet
-            return print(f"step {step:,}: the scales have hardly moved, no mask", flush=True)
-        state["channels"] = [*state["channels"], channel_masks(nets, share, chains)][-5:]
-        found, distances = early_bird(state["channels"])
-        print(f"step {step:,}, epoch {step / epoch:.1f}: distance to the masks before: {', '.join(f'{d:.3f}' for d in distances) or '-'}"
-              + (": found" if found else "; half of the steps are over, so this mask is taken" if late else ""), flush=True)
-        state["found"] = found
-        return found or late
+    def draw():
+        return {name: mask for pool in pools for name, mask in channel_masks(nets, share, pool).items()}
 
-    hooks = [w.register_hook(lambda g, w=w: g + s["gamma_l1"] * w.detach().sign()) for w in
-             (nets.get_submodule(chain.norm).weight for chain in chains) if s["gamma_l1"]]
+    def watch(step, out):
+        if step % epoch == 0 and float((scales() - start).norm()) < 0.01 * float(start.norm()):       # they rank nothing yet
+            print(f"step {step:,}: the scales have hardly moved, no mask", flush=True)
+        elif step % epoch == 0:
+            state["channels"] = [*state["channels"], draw()][-5:]
+            state["found"], distances = early_bird(state["channels"])
+            print(f"step {step:,}, epoch {step // epoch}: distance to the masks before: {', '.join(f'{d:.3f}' for d in distances) or '-'}"
+                  f"{' (random ones: ' + format(chance, '.2f') + ')' if distances else ''}{': found' if state['found'] else ''}", flush=True)
+        if late := 2 * step >= s["steps"] and not state.get("found"):
+            print("half of the steps are over and no early bird is found; " + (
+                "the last mask is taken" if state["channels"] else "no mask was drawn either, so the channels are ranked as they are now"), flush=True)
+            state["channels"] = state["channels"] or [draw()]
+        return late or state.get("found", False)
+
+    hooks = penalise_scales(nets, chains, s["gamma_l1"])
     before = fit("before", nets, {}, 0, watch, state)
     for hook in hooks:
         hook.remove()
     masks = state["channels"][-1]
     small = slim(nets, masks, chains)
-    average = slim(before.ema, masks, [chain for chain in chains if chain.conv.split(".")[0] in before.ema]) if len(before.ema) else {"G": None}
-    kept_there = {role: [sum(int(m.sum()) for n, m in masks.items() if n.startswith(role)), sum(len(m) for n, m in masks.items() if n.startswith(role))] for role in nets}
-    print("  cut to " + ", ".join(f"{a:,} of {b:,} channels in {role}" for role, (a, b) in kept_there.items() if b), flush=True)
-    after = fit("slim", small, {}, before.done.step, average=average["G"])
-    values = [before.done.rows[-1].get("metric"), after.done.rows[0].get("metric")]
-    print((f"{after.done.rows[0]['metric_name']} {values[0]:.4f} before slimming, {values[1]:.4f} right after it; " if None not in values else "")
-          + f"{before.done.step_s:.4f} s a step before, {after.done.step_s:.4f} s after", flush=True)
-    return finish(job, after, first=before.done.rows[0], extra_steps=before.done.step, whole=nets,
-                  seconds=round(before.done.seconds + after.done.seconds, 1), found=state["found"], found_step=before.done.step,
-                  step_s_before=before.done.step_s, value_before=values[0], value_slimmed=values[1])
+    average = slim(before.ema, masks, by_role["G"]) if len(before.ema) else nn.ModuleDict()
+    for role, part in by_role.items():
+        if part:
+            cut_to, of = sum(int(masks[chain.conv].sum()) for chain in part), sum(len(masks[chain.conv]) for chain in part)
+            print(f"  {role}: {cut_to:,} of {of:,} channels, {forward_macs(s, small)[role]:,} of {forward_macs(s, nets)[role]:,} MACs an image", flush=True)
+    values, slimmed = before.done.rows[-1].get("metric"), measurement(job)(for_use(s, small, average))
+    if values is not None:
+        print(f"{slimmed['metric_name']} {values:.4f} before slimming, {slimmed['metric']:.4f} right after it", flush=True)
+    after = fit("slim", small, {}, before.done.step, average=average["G"] if len(average) else None)
+    print(f"{before.done.step_s:.4f} s a step before, {after.done.step_s:.4f} s after", flush=True)
+    return finish(job, after, first=before.done.rows[0], whole=nets,
+                  extra=run_macs(s, nets, [[0, {}, []]], before.done.step, ratio_every=s["ratio_every"]),
+                  seconds=round(before.done.seconds + after.done.seconds, 1), found=state.get("found", False), found_step=before.done.step,
+                  step_s_before=before.done.step_s, value_before=values, value_slimmed=slimmed.get("metric"))
 
 
 METHODS = {**dict.fromkeys(("dense", "static", "sdst", "ddst"), train_once), "imp": train_imp, "ticket": train_ticket,
@@ -3065,30 +3135,44 @@ def draw_curve(path, rows, title):
     pyplot.close(figure)
 
 
-def summarise(s, fit, histories, first, extra_steps, whole):
-    """The row of --table as a dict; None where something does not apply. histories: of the trainings whose MACs
-    add up, and extra_steps as many steps of the dense networks `whole` (a slim run's before it was slim); first: the
-    first row of the first of them, untrained if that is of step 0."""
+def layer_sizes(s, nets):
+    """(mac_positions, {name: weights}) of a job's networks."""
+    return positions_of(nets, s["image_size"], s["channels"]), {name: w.numel() for name, w in prunable_parameters(nets).items()}
+
+
+def forward_macs(s, nets):
+    """{role: MACs of one forward per image}, all weights counted."""
+    positions, sizes = layer_sizes(s, nets)
+    return {role: sum(positions[name] * sizes[name] for name in sizes if name.startswith(f"{role}.")) for role in nets}
+
+
+def run_macs(s, nets, history, steps, **how):
+    """MACs of a training of `nets`; history and steps as of gan_training_macs."""
+    positions, sizes = layer_sizes(s, nets)
+    if s["model"] not in GANS:
+        return training_macs(history, steps, positions, sizes, s["batch_size"])
+    return gan_training_macs(history, steps, positions, sizes, s["batch_size"], s["n_critic"], s["batch_size"] * s["g_batches"], **how)
+
+
+def summarise(s, fit, histories=None, first=None, extra=0, whole=None):
+    """The row of --table as a dict; None where something does not apply.
+
+    histories  of the trainings whose MACs add up, None: of this one; extra: MACs of what was done besides
+    first      first row of the first of them, untrained if that is of step 0
+    whole      the dense networks that MACs and densities are relative to, None: these
+    """
     nets, masks, state, done = fit.nets, fit.masks, fit.state, fit.done
+    whole, first, histories = whole or nets, first or done.rows[0], histories or [state["history"]]
     parameters, gan = sum(p.numel() for p in nets.parameters()), s["model"] in GANS
-
-    def measures(nets):
-        return (positions_of(nets, s["image_size"], s["channels"]), {name: w.numel() for name, w in prunable_parameters(nets).items()})
-
-    (positions, sizes), (whole_positions, whole_sizes) = measures(nets), measures(whole)
+    positions, sizes = layer_sizes(s, nets)
+    whole_sizes, dense_macs = layer_sizes(s, whole)[1], sum(forward_macs(s, whole).values())
     counts = {**sizes, **counts_of(masks)}
-    macs, dense_macs = sum(positions[n] * counts[n] for n in sizes), sum(whole_positions[n] * whole_sizes[n] for n in whole_sizes)
-
-    def cost(history, steps, positions, sizes, **how):
-        if not gan:
-            return training_macs(history, steps, positions, sizes, s["batch_size"])
-        return gan_training_macs(history, steps, positions, sizes, s["batch_size"], s["n_critic"], s["batch_size"] * s["g_batches"], **how)
+    macs = sum(positions[n] * counts[n] for n in sizes)
 
     def relative(ratio_every=0, **how):
-        """MACs of the trainings over those of one dense training, balance ratios aside there."""
-        spent = sum(cost(history, done.step, positions, sizes, ratio_every=ratio_every, **how) for history in histories)
-        spent += cost([[0, {}, []]], extra_steps, whole_positions, whole_sizes, ratio_every=ratio_every, **how)
-        return spent / cost([[0, {}, []]], done.step, whole_positions, whole_sizes, **how)
+        """MACs of everything over those of one dense training, balance ratios aside there."""
+        spent = extra + sum(run_macs(s, nets, history, done.step, ratio_every=ratio_every, **how) for history in histories)
+        return spent / run_macs(s, whole, [[0, {}, []]], done.step, **how)
 
     def share(role=""):
         return sum(counts[n] for n in sizes if n.startswith(role)) / sum(whole_sizes[n] for n in whole_sizes if n.startswith(role))
@@ -3103,7 +3187,7 @@ def summarise(s, fit, histories, first, extra_steps, whole):
             "balance_ratio": ratio if math.isfinite(ratio) else None,                 # JSON has no inf
             "parameters": parameters, "kept": parameters - sum(sizes.values()) + sum(counts.values()),
             "macs": macs, "macs_relative": macs / dense_macs, "training_macs_relative": relative(s["ratio_every"]),
-            "training_macs_relative_paper": relative(paper=True) if gan else None,
+            "training_macs_relative_paper": relative(paper=True) if gan and not extra else None,
             "seconds": round(done.seconds, 1), "step_s": done.step_s, "actions_D": state.get("actions", {}),
             "layers": {name: counts[name] / sizes[name] for name in sizes}}
 
@@ -3133,7 +3217,7 @@ def round_table(runs):
         values = {key: [row[key] for row in rows if row.get(key) is not None] for key in ("dense", "ticket", "random", "shuffled")}
         mean, sd = ({key: f(part) if part else None for key, part in values.items()} for f in (np.mean, np.std))
         word = rows[0]["verdict"] if len(rows) == 1 else verdict(
-            mean["dense"], mean["ticket"], mean["random"], runs[0]["metric"] == "accuracy", sd["dense"], sd["ticket"] + (sd["random"] or 0))
+            mean["dense"], mean["ticket"], mean["random"], runs[0]["metric"] == "accuracy", sd["dense"], (sd["ticket"] or 0) + (sd["random"] or 0))
         lines.append([str(rows[0]["round"]), f"{1 - rows[0]['density']:.2%}", *(mean_sd([row[key] for row in rows], "{:.2%}") for key in shares),
                       *(mean_sd(part, "{:.4f}") for part in values.values()), word])
     return f"{runs[0]['metric'] or 'no metric'}, seed {', '.join(str(run['seed']) for run in runs)}\n{aligned(lines)}"
@@ -3233,11 +3317,11 @@ def run_export(given):
     s, totals = saved["settings"], {role: sum(len(net.get_submodule(c.norm).weight) for c in channel_chains(net)) for role, net in nets.items()}
     small, masks, cut_out = without_dead_channels(nets, saved["masks"])
     save_torch(folder / "small.pt", {**saved, "weights": small.state_dict(), "masks": masks})
-    rows = [["network", "dead channels", "weights before", "after", "not 0", "MACs before", "after", "ms an image before", "after", "program"]]
+    rows = [["network", "dead channels", "constant", "weights before", "after", "not 0", "MACs before", "after", "ms an image before", "after", "program"]]
     for role, net in nets.items():
         shape = (net.z,) if role in ("G", "decoder") else (s["channels"], s["image_size"], s["image_size"])
         x = torch.rand(64, *shape, generator=rng(0, 0, "export"))
-        program, buffer = torch.export.export(small[role], (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)), io.BytesIO()
+        program, buffer = torch.export.export(small[role], (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},)), io.BytesIO()
         with warnings.catch_warnings():                       # "No complete tensor found in the group": of no account on a CPU
             warnings.simplefilter("ignore")
             torch.export.save(program, buffer)
@@ -3245,11 +3329,12 @@ def run_export(given):
         both = [(module, prunable_parameters(module), mac_positions(module, x[:1])) for module in (net, small[role])]
         macs = [sum(places[name] * weights[name].numel() for name in weights) for _, weights, places in both]
         times = np.median([[seconds_of(lambda: module(x)) for module, _, _ in both] for _ in range(20)][2:], axis=0)      # in turn
-        rows.append([role, f"{cut_out[role]:,} of {totals[role]:,}", *(f"{sum(w.numel() for w in weights.values()):,}" for _, weights, _ in both),
+        constant = sum(int((~incoming(small[role], chain).any(1)).sum()) for chain in channel_chains(small[role]))
+        rows.append([role, f"{cut_out[role]:,} of {totals[role]:,}", f"{constant:,}", *(f"{sum(w.numel() for w in weights.values()):,}" for _, weights, _ in both),
                      f"{sum(int(torch.count_nonzero(w)) for w in both[1][1].values()):,}", *(f"{m:,}" for m in macs),
-                     *(f"{1000 * t / len(x):.3f}" for t in times), f"small-{role}.pt2"])
+                     *(f"{1000 * t / len(x):.3f}" for t in times), f"small-{role}.pt2, {len(buffer.getvalue()) / 1e3:,.0f} kB"])
     print(aligned(rows))
-    print(f"small.pt and the programs are in {folder}. MACs and times are of the tensors as they are, zeros and all, 64 images a batch, "
+    print(f"small.pt and the programs are in {folder}. A constant channel has no weights left that lead in, but emits something. MACs and times are of the tensors as they are, zeros and all, 64 images a batch, "
           f"{torch.get_num_threads()} threads")
 
 
@@ -3267,7 +3352,7 @@ def run_table(folders):
         if not (folder / "summary.json").exists():
             raise ValueError(f"no finished run in {folder}: it has no summary.json")
         # Runs are of one row when nothing but the seed differs, and with it the ticket that they came from.
-        config = {k: v for k, v in read_json(folder / "config.json").items() if k not in NOT_IDENTITY | {"seed"} and not k.startswith("ticket")}
+        config = {k: v for k, v in read_json(folder / "config.json").items() if v and k not in NOT_IDENTITY | {"seed"} and not k.startswith("ticket")}
         summaries.append({**read_json(folder / "summary.json"), "settings": json.dumps(config, sort_keys=True)})
     print_summaries(summaries)
 
