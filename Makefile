@@ -1,6 +1,6 @@
 # make demo | test | bench: each sets up what it needs (Python 3.11+ and make are enough).
 PYTHON ?= python3
-.PHONY: demo test bench venv
+.PHONY: demo test bench venv test-runs test-parts
 venv: .venv/ready
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -8,7 +8,13 @@ venv: .venv/ready
 	touch .venv/ready
 demo: venv
 	.venv/bin/python lottery.py
+# Two halves of one file, side by side: most tests use one core.
+RUNS = command or killed or bird or export or measured or labels or twenty
 test: venv
-	.venv/bin/python -m pytest -q test_lottery.py
+	$(MAKE) -j2 --output-sync=target test-runs test-parts
+test-runs:
+	.venv/bin/python -m pytest -q test_lottery.py -k "$(RUNS)"
+test-parts:
+	.venv/bin/python -m pytest -q test_lottery.py -k "not ($(RUNS))"
 bench: venv
 	.venv/bin/python test_lottery.py

@@ -250,7 +250,7 @@ def test_cifar_resnets_have_the_published_number_of_parameters(depth, all_parame
         "conv1.weight", "conv2.weight", "bn1.weight", "bn1.bias", "bn2.weight", "bn2.bias"}
     assert net.blocks[len(net.blocks) // 3].shortcut[0].stride == (2, 2) and len(net.blocks[0].shortcut) == 0
     gammas = torch.cat([m.weight.detach() for m in net.modules() if isinstance(m, nn.BatchNorm2d)])
-    assert 0 <= gammas.min() < 0.1 and 0.9 < gammas.max() <= 1 and float(net.conv.weight.std()) == pytest.approx(math.sqrt(2 / 27), rel=0.2)
+    assert 0 <= gammas.min() < 0.1 and 0.9 < gammas.max() <= 1 and net.conv.weight.std().item() == pytest.approx(math.sqrt(2 / 27), rel=0.2)
 
 
 def test_autoencoders_have_the_papers_number_of_parameters_and_a_gans_tensors():
@@ -492,7 +492,7 @@ def test_autoencoder_losses_by_a_second_opinion():
     assert all(torch.allclose(p.grad, w, rtol=1e-3, atol=1e-5 * largest) for p, w in zip(twin.parameters(), wanted))
     ae = L.build("linear_ae", width=0.1)
     loss = L.autoencoder_step(ae, {"encoder": torch.optim.SGD(ae.parameters(), 0.0)}, x)["losses"]["error"]
-    assert float(loss) == pytest.approx(float(((ae["decoder"](ae["encoder"](x)) - x) ** 2).mean()), rel=1e-5)
+    assert loss.item() == pytest.approx(((ae["decoder"](ae["encoder"](x)) - x) ** 2).mean().item(), rel=1e-5)
 
 
 def test_the_learning_rate_of_classifiers_falls_at_a_half_and_at_three_quarters():
