@@ -2169,6 +2169,21 @@ def test_one_shot_pruning_starts_from_the_weights_of_the_rewind_step_and_trains_
     assert f"scored at step 3" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("more, both", [([], False), (["--density-D", "0.5"], True)])
+def test_scoring_a_gan_costs_what_its_gradients_cost(empty, more, both):
+    argv = "--method snip --model sngan --n-critic 2 --width .03 --batch-size 4 --steps 2 --eval-images 100 --score-batches 3 --out s".split()
+    assert L.main([*argv, *more]) == 0
+    masks = L.load_torch("s/model.pt")["masks"]
+    nets = L.build("sngan", 32, 3, 0.03)
+    sizes, places = {n: w.numel() for n, w in L.prunable_parameters(nets).items()}, L.positions_of(nets, 32, 3)
+    counts = {**sizes, **L.counts_of(masks)}
+    f_G, f_D, s_G, s_D = (sum(places[n] * c[n] for n in sizes if n[0] == role) for c in (sizes, counts) for role in "GD")
+    cost = lambda G, D: 2 * (2 * 4 * (G + 6 * D) + 8 * (3 * G + 2 * D))                 # two steps: two batches for D, a double one for G
+    scoring = 3 * (8 * (3 * f_G + 2 * f_D) + 4 * (f_G + 6 * f_D) * both)
+    found = json.loads((empty / "s/summary.json").read_text())["training_macs_relative"]
+    assert found == pytest.approx((cost(s_G, s_D) + scoring) / cost(f_G, f_D), rel=1e-6)
+
+
 def test_a_layer_with_one_weight_is_named(empty, capsys):
     assert L.main("--method magnitude --model linear_ae --width .2 --steps 2 --density .003 --out s".split()) == 0
     said = re.findall(r": one weight is left in (.*)", capsys.readouterr().out)
@@ -2210,6 +2225,7 @@ def test_an_early_bird_goes_on_with_exactly_what_was_cut_out(empty, capsys, monk
     else:
         use = L.for_use(s, small, {})
     assert L.measurement(job)(use)["metric"] == pytest.approx(summary["value_slimmed"], rel=1e-6)
+    assert after["rows"][0]["metric"] == pytest.approx(summary["value_slimmed"], rel=1e-6)      # and that average goes on
     value = re.search(r"([\d.]+) before slimming, ([\d.]+) right after", said)
     assert float(value[2]) == pytest.approx(summary["value_slimmed"], abs=1e-4) and float(value[1]) == pytest.approx(summary["value_before"], abs=1e-4)
     back, _ = L.load_model("e/model.pt")                      # narrower, and by its own name
