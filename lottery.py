@@ -3321,7 +3321,8 @@ def run_export(given):
     for role, net in nets.items():
         shape = (net.z,) if role in ("G", "decoder") else (s["channels"], s["image_size"], s["image_size"])
         x = torch.rand(64, *shape, generator=rng(0, 0, "export"))
-        program, buffer = torch.export.export(small[role], (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},)), io.BytesIO()
+        # clone: an example is saved with the program, and a view would bring all 64 along
+        program, buffer = torch.export.export(small[role], (x[:2].clone(),), dynamic_shapes=({0: torch.export.Dim("batch")},)), io.BytesIO()
         with warnings.catch_warnings():                       # "No complete tensor found in the group": of no account on a CPU
             warnings.simplefilter("ignore")
             torch.export.save(program, buffer)

@@ -2271,6 +2271,7 @@ def test_an_exported_run_is_smaller_computes_the_same_and_runs_without_this_file
         if role != "D":                                       # one subprocess a model is enough
             done = subprocess.run([sys.executable, "-c", code], cwd=empty, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
+        assert (empty / f"r/small-{role}.pt2").stat().st_size < 500_000      # no batch of examples inside
         before, after = (sum(w.numel() for w in L.prunable_parameters(m[role]).values()) for m in (nets, small))
         dead, total = re.search(r"([\d,]+) of ([\d,]+)", line).groups()
         channels = lambda m: sum(len(m[role].get_submodule(c.norm).weight) for c in L.channel_chains(m[role]))
