@@ -2331,7 +2331,7 @@ READ_BY = {                         # flags that only some methods read; a flag 
     "density": ("static", "sdst", "ddst", "imp", *SCORED), "density_D": ("static", "sdst", "ddst", *SCORED),
     "update_every": ("sdst", "ddst"), "grow": ("sdst", "ddst"), "max_density_D": ("ddst",), "band": ("ddst",),
     "update_every_D": ("ddst",), "first_D": ("ddst",),        # no flags, but settings of ddst alone
-    "rounds": ("imp",), "prune_rate": ("imp",), "rewind_step": ("imp", *SCORED), "scope": ("imp",), "score_batches": ("snip", "grasp"),
+    "rounds": ("imp",), "prune_rate": ("imp",), "rewind_step": ("imp", *SCORED), "scope": ("imp", "earlybird"), "score_batches": ("snip", "grasp"),
     "channels_kept": ("earlybird",), "gamma_l1": ("earlybird",),
     "prune": ("imp", "transfer"), "controls": ("imp", "ticket", "transfer", *SCORED), "ticket": ("ticket", "transfer"),
 }
@@ -2382,7 +2382,7 @@ def parse(argv):
     add("--prune-rate", type=float, help="imp: share of the survivors pruned per round (default 0.2)")
     add("--rewind-step", type=int, help="imp: survivors go back to this step (default 1,000 classifiers, 100 linear_ae, 10 else; at most steps/10); magnitude, snip, grasp: prune there (default 0)")
     add("--score-batches", type=int, help="snip, grasp: batches that the scores are summed over (default 4)")
-    add("--scope", help="imp: one pool of weights for all (global, default), per network or per layer")
+    add("--scope", help="imp, earlybird: one pool of weights or channels for all (global, default), per network or per layer")
     add("--prune", nargs="+", metavar="ROLE", help="imp: networks that are pruned; transfer: that receive: G, D, encoder, decoder (default all)")
     add("--controls", action="store_true", default=None, help="train the random ticket (same mask, other weights) and the shuffled mask too")
     add("--channels", type=float, dest="channels_kept", help="earlybird: share of the channels kept (default 0.45)")
@@ -2956,12 +2956,12 @@ def train_earlybird(job):
     s, fit, nets, chains = job.settings, fitter(job), job.nets, channel_chains(job.nets)
     epoch, share = max(1, len(job.images) // (s["batch_size"] * (s.get("n_critic") or 1))), s["channels_kept"]
     by_role = {role: [chain for chain in chains if chain.conv.split(".")[0] == role] for role in nets}
-    # wgan clips D's scales to 0.01: beside G's in one pool, all of D's would go.
-    pools = [pool for pool in by_role.values() if pool] if MODELS[s["model"]].get("scope") == "network" else [chains]
+    # One pool mixes layers whose scales differ: a VAE's last layers lose nearly all, and of wgan's D, clipped to 0.01, all.
+    pools = {"global": [chains], "network": [pool for pool in by_role.values() if pool], "layer": [[chain] for chain in chains]}[s["scope"]]
     scales = lambda: torch.cat(list(gammas_of(nets, chains).values()))
     start, chance, state = scales(), 2 * share * (1 - share), {"channels": []}
     print_header(job)
-    print(f"  early bird: {100 * share:g}% of {len(start):,} channels, a mask per epoch of {epoch:,} steps; found when five agree to 0.1"
+    print(f"  early bird: {100 * share:g}% of {len(start):,} channels, {s['scope']} pool, a mask per epoch of {epoch:,} steps; found when five agree to 0.1"
           + (f", which two random masks do as well (they differ in {chance:.2f}): the test says nothing here" if chance <= 0.1 else "")
           + ("; half of the steps are over before that, more --steps would help" if 10 * epoch > s["steps"] else ""))
     estimate(job)

@@ -2286,6 +2286,12 @@ def test_an_early_bird_of_wgan_cuts_both_networks_though_clipping_makes_the_scal
     said = capsys.readouterr().out
     assert re.findall(r"^  ([GD]): (\d+) of (\d+) channels", said, re.M) == [("G", "20", "45"), ("D", "20", "45")]
     assert "half of the steps are over before that" in said
+    assert L.main("--method earlybird --model ae --width .05 --batch-size 8 --steps 4 --scope layer --out l".split()) == 0
+    nets, _ = L.load_model("l/model.pt")
+    whole = L.build("ae", 32, 3, 0.05)
+    for chain in L.channel_chains(whole):                     # a pool per layer: the share of each
+        there, left = (len(m.get_submodule(chain.norm).weight) for m in (whole, nets))
+        assert left == max(1, round(0.45 * there))
 
 
 def test_scales_that_have_not_moved_give_no_mask_and_the_penalty_pulls_them_down(empty, capsys, monkeypatch):
