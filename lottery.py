@@ -2,7 +2,7 @@
 """Lottery tickets and sparse training for generative models, in one file.
 
 Result   DDST on the built-in pictures, G with 30 % of its weights: FD-random-2k 0.056 (untrained 0.836, dense
-         0.038, real against real 0.004) at 51 % of dense training's MACs; seed 0, 167 s on two CPU cores
+         0.038, real against real 0.004) at 51 % of dense training's MACs; seed 0, 173 s on two CPU cores
          A linear autoencoder of Fashion-MNIST with 11 % of its weights: held-out error 0.092 (dense 0.090; the
          random ticket 0.109, the shuffled mask 0.109); seed 0
 Contents 1. DATA  2. MODELS  3. MASKS  4. OBJECTIVES  5. TRAINING  6. SCORES  7. TICKETS
@@ -699,10 +699,10 @@ def split_like(flat, tensors):
             for (name, t), part in zip(tensors.items(), parts)}
 
 
-def check_density(density, name="density"):
+def check_density(density, name="density", of="weights"):
     """ValueError unless density is a share in (0, 1]; nan is not."""
     if not 0 < density <= 1:
-        raise ValueError(f"{name} is the share of weights kept, in (0, 1]; got {density}. For 20 % kept pass 0.2")
+        raise ValueError(f"{name} is the share of {of} kept, in (0, 1]; got {density}. For 20 % kept pass 0.2")
 
 
 def erk_densities(shapes, density):
@@ -862,6 +862,11 @@ def autocast(model, on):
     return torch.autocast(next(model.parameters()).device.type, torch.bfloat16) if on else contextlib.nullcontext()
 
 
+def from_bfloat16(x):
+    """What an autocast forward made, in float32 for the loss; any other type as it is, a float64 network's too."""
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
 def gan_step(G, D, optimizers, draw_real, draw_latents, objective="hinge", n_critic=1, clip=0.0, masks=None, amp=False, look=True):
     """One iteration: n_critic steps of D, then one of G.
 
@@ -885,7 +890,7 @@ def gan_step(G, D, optimizers, draw_real, draw_latents, objective="hinge", n_cri
         with autocast(D, amp):
             with torch.no_grad():
                 fake = G(draw_latents("D", k))
-            logits = D(real).float(), D(fake).float()         # two calls: batch norm sees one kind at a time
+            logits = from_bfloat16(D(real)), from_bfloat16(D(fake))         # two calls: batch norm sees one kind at a time
         loss_D = discriminator_loss(objective, *logits)
         loss_D.backward()
         optimizers["D"].step()
@@ -897,7 +902,7 @@ def gan_step(G, D, optimizers, draw_real, draw_latents, objective="hinge", n_cri
     z = draw_latents("G", 0)                                  # (B_G, z)
     optimizers["G"].zero_grad()
     with autocast(D, amp):
-        fake_logits = D(G(z)).float()                         # (B_G, 1)
+        fake_logits = from_bfloat16(D(G(z)))                  # (B_G, 1)
     loss_G = generator_loss(objective, fake_logits)
     loss_G.backward(inputs=[p for p in G.parameters() if p.requires_grad])       # nothing is added to D's .grad
     fake_logits = fake_logits.detach()
@@ -919,7 +924,7 @@ def autoencoder_losses(nets, x, noise=None, beta=1.0, amp=False):
     """
     def through(role, x):
         with autocast(nets, amp):
-            return nets[role](x).float()
+            return from_bfloat16(nets[role](x))
 
     code = through("encoder", x)                              # (B, z), or (B, 2z)
     if noise is None:
@@ -961,7 +966,7 @@ def classifier_step(net, optimizer, x, labels, masks=None, amp=False):
     """One step of a classifier by cross-entropy: x (B, c, S, S), labels (B,) int64; masks by names in the net."""
     optimizer.zero_grad()
     with autocast(net, amp):
-        logits = net(x).float()
+        logits = from_bfloat16(net(x))
     loss = F.cross_entropy(logits, labels)
     loss.backward()
     optimizer.step()
@@ -1239,7 +1244,7 @@ def score_snip(model, loss, batches=1, others=()):
 
     The absolute value is taken of the sum over batches; taken per batch it would score their noise. A GAN's
     networks are scored apart, G by G's loss and D by D's: in a sum of both losses, which pull G's weights in
-    opposite directions, G's scores cancel, and one pool for both starves G. ValueError for a weight that is
+    opposite directions, G's scores cancel, and beside D's in one pool G is starved. ValueError for a weight that is
     frozen or that the loss does not depend on, and for scores that rank nothing.
     """
     check_batches(batches)
@@ -1305,6 +1310,7 @@ def scorable(model):
 
 
 def check_batches(batches):
+    """ValueError unless a score has a batch to look at."""
     if batches < 1:
         raise ValueError(f"a score needs at least 1 batch; got {batches}")
 
@@ -1618,8 +1624,7 @@ def channel_masks(model, fraction, chains):
 
     The best channel of every layer stays: an empty one would cut the network in two. Public code keeps what is
     strictly above a threshold: at the start, when all scales are equal, that is nothing."""
-    if not 0 < fraction <= 1:
-        raise ValueError(f"the share of channels kept is in (0, 1]; got {fraction}")
+    check_density(fraction, "fraction", "channels")
     gammas = best_stays(gammas_of(model, chains))
     keep = keep_top(torch.cat(list(gammas.values())), max(len(gammas), round(fraction * sum(map(len, gammas.values())))))
     return {name: part.bool() for name, part in split_like(keep, gammas).items()}
@@ -2480,8 +2485,7 @@ def resolve(given):
     choose("scope", s["scope"], SCOPES)
     for name in ("density", "density_D", "max_density_D"):
         check_density(s[name], flag(name))
-    if not 0 < s["channels_kept"] <= 1:
-        raise ValueError(f"--channels is the share of channels kept, in (0, 1]; got {s['channels_kept']}")
+    check_density(s["channels_kept"], "--channels", "channels")
     if method == "imp":
         if "density" not in given:
             s["density"] = None
@@ -2613,6 +2617,7 @@ def read_json(path):
 
 
 def write_json(path, content):
+    """`content` as indented JSON, atomically."""
     write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
 
 
@@ -2653,6 +2658,7 @@ def load_job(s, nets, masks):
 
 
 def fresh_networks(s, draw=0):
+    """The job's networks at their initial weights, on its device; draw as of `build`."""
     return build(s["model"], s["image_size"], s["channels"], s["width"], s.get("z"), s["seed"], s["classes"], draw).to(s["device"])
 
 
@@ -3011,6 +3017,7 @@ METHODS = {**dict.fromkeys(("dense", "static", "sdst", "ddst"), train_once), "im
 
 
 def make_optimizers(nets, s):
+    """{role: optimizer} by the settings of the model."""
     return {role: make_optimizer(s["optimizer"], net, s["lr"], s["betas"]) for role, net in nets.items()}
 
 
@@ -3341,6 +3348,7 @@ def run_export(given):
 
 @torch.no_grad()
 def seconds_of(work):
+    """How long one call of work() takes, without gradients."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began

@@ -536,6 +536,20 @@ def test_bfloat16_is_for_forward_passes_only(model):
         assert torch.allclose(found[1]["fake_logits"], wanted, atol=1e-6)
 
 
+def test_steps_of_float64_networks_stay_in_float64():
+    net, x = L.build("resnet14", 32, 3, 0.05)["net"].double(), torch.rand(4, 3, 32, 32).double()
+    y = torch.tensor([0, 1, 2, 3])
+    wanted = F.cross_entropy(copy.deepcopy(net)(x), y).item()
+    loss = L.classifier_step(net, torch.optim.SGD(net.parameters(), 0.0), x, y)["losses"]["net"]
+    assert loss.dtype == torch.float64 and loss.item() == wanted
+    nets = L.build("ae", 32, 3, 0.05).double()
+    assert L.autoencoder_losses(nets, x)["error"].dtype == torch.float64
+    nets = tiny("dcgan").double()
+    optimizers = {role: torch.optim.SGD(n.parameters(), 0.0) for role, n in nets.items()}
+    out = L.gan_step(nets["G"], nets["D"], optimizers, lambda k: x, lambda role, k: torch.randn(4, 64).double(), "non-saturating")
+    assert {v.dtype for v in (*out["losses"].values(), out["fake_logits"])} == {torch.float64}
+
+
 def test_without_the_masking_line_pruned_weights_come_back(monkeypatch):
     s = settings(method="dense")
     nets = tiny()
@@ -1345,7 +1359,7 @@ def test_channel_masks_are_exact_also_when_all_scales_are_equal():
         masks = L.channel_masks(net, share, chains)
         assert sum(int(m.sum()) for m in masks.values()) == max(4, round(share * total)) and all(m.any() for m in masks.values())
     for share in (0, 1.5, math.nan):
-        with pytest.raises(ValueError, match="share of channels kept is in"):
+        with pytest.raises(ValueError, match="fraction is the share of channels kept, in"):
             L.channel_masks(net, share, chains)
     with pytest.raises(ValueError, match="no batch norm.*dcgan"):
         L.channel_masks(net, 0.5, [])
