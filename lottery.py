@@ -3130,14 +3130,15 @@ def draw_curve(path, rows, title):
         from matplotlib import pyplot
     except ImportError:
         return
-    figure, axes = pyplot.subplots(figsize=(6, 4))
+    (figure, axes), shares = pyplot.subplots(figsize=(6, 4)), [100 * row["density"] for row in rows]
     for name in ("ticket", "random", "shuffled"):
         if name in rows[0] and rows[0][name] is not None:
-            axes.plot([100 * row["density"] for row in rows], [row[name] for row in rows], marker="o", label=name)
+            axes.plot(shares, [row[name] for row in rows], marker="o", label=name)
     if rows[0]["dense"] is not None:
         axes.axhline(rows[0]["dense"], color="gray", linestyle="--", label="dense")
     axes.set(xscale="log", xlabel="weights kept, %", ylabel=title)
-    axes.invert_xaxis(), axes.legend()
+    axes.set_xticks(shares, [f"{share:.3g}" for share in shares], rotation=90)      # not 6 x 10^1
+    axes.minorticks_off(), axes.invert_xaxis(), axes.legend(), figure.tight_layout()
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
     pyplot.close(figure)
 
