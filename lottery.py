@@ -6,7 +6,8 @@ Result   DDST on the built-in pictures, G with 30 % of its weights: FD-random-2k
          A linear autoencoder of Fashion-MNIST with 11 % of its weights: held-out error 0.092 (dense 0.090; the
          random ticket 0.109, the shuffled mask 0.109); seed 0
 Contents 1. DATA  2. MODELS  3. MASKS  4. OBJECTIVES  5. TRAINING  6. SCORES  7. TICKETS
-         8. EARLY BIRD  9. DYNAMIC SPARSE TRAINING  10. METRICS  11. COMMAND LINE       (search for "# 3. MASKS")
+         8. EARLY BIRD  9. DYNAMIC SPARSE TRAINING  10. ELASTIC TICKETS
+         11. METRICS  12. COMMAND LINE                                (search for "# 3. MASKS")
 Legend   B batch   c image channels   S side of an image, pixels   w base channels   z latent size
          G generator   D discriminator   m mask, 1 = keep   d density, share of weights kept, 0..1
          images are in [-1, 1] in networks, uint8 in memory; a step is one update of G
@@ -33,6 +34,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -2009,7 +2011,151 @@ def role_densities(nets, masks):
 
 
 # ==================================================================================================
-# 10. METRICS: distances between sets of images (by the features of a fixed network, in float64), and
+# 10. ELASTIC TICKETS: a ResNet's ticket for another depth, by copying or dropping whole residual blocks
+#     inside each stage, in masks and weights alike; then it is trained once. Chen et al. 2021.
+
+ORDERS = ("append", "interpolate")
+
+
+def block_map(source, target, order="append"):
+    """[source block of target block 0, 1, ...] for a stage of `source` blocks that shall have `target`.
+
+    Block 0 is kept one to one in every stage, whether it downsamples or not; the others, the units, are copied or
+    dropped: as many different ones as there are, each as few times as possible, and the earlier ones once more where
+    it does not come out even (later units are sparser). Copies stand as one group behind the last unit that is
+    copied ("append") or each behind its source ("interpolate"). A squeeze drops the tail, or keeps the first unit of
+    each group that an interpolated stretch would make. Chen et al. 2021; which units they dropped they do not say, and
+    a stretch to more than twice the units with a remainder (to depth 110) is our reading of their rule.
+    """
+    if order not in ORDERS:
+        raise ValueError(f"order is {' or '.join(ORDERS)}; got {order!r}")
+    if source < 1 or target < 1 or source == 1 < target:
+        raise ValueError(f"a stage of {source} blocks has no unit to make {target} blocks of; block 0 is never copied")
+    units, wanted = source - 1, target - 1
+    if wanted < units:
+        if order == "append" or not wanted:
+            return list(range(target))
+        groups = block_map(target, source, order)
+        return [groups.index(block) for block in range(target)]
+    times, more = divmod(wanted, max(1, units))               # every unit `times` times, the first `more` once more
+    if order == "interpolate":
+        return [0] + [unit for unit in range(1, source) for _ in range(times + (unit <= more))]
+    copies = [*range(1, source)] * (times - 1) + [*range(1, more + 1)]
+    last = max(copies, default=0)
+    return [0, *range(1, last + 1), *copies, *range(last + 1, source)]
+
+
+def inverse_maps(maps):
+    """The maps that take the first copy of each source block: after a stretch by `maps` they give back what was there."""
+    return [[blocks.index(source) for source in range(max(blocks) + 1)] for blocks in maps]
+
+
+def format_maps(maps):
+    """Maps, one per stage, in the notation of Chen et al.'s code, by source block: [[0, 1, 1], [0, 1]] is "0:0;1:1,2|0:0;1:1"."""
+    return "|".join(";".join(f"{source}:{','.join(str(t) for t, s in enumerate(blocks) if s == source)}"
+                             for source in sorted(set(blocks))) for blocks in maps)
+
+
+def parse_maps(text, stages):
+    """The maps in a string of that notation; one stage alone stands for all `stages`. ValueError unless every target
+    block is named exactly once, and 0:0 is the only mention of block 0."""
+    maps = []
+    for part in text.split("|"):
+        try:
+            pairs = [(int(target), int(source)) for item in part.split(";") for source, targets in [item.split(":")]
+                     for target in targets.split(",")]
+        except ValueError:
+            raise ValueError(f"a map reads source:target,target;... with | between stages, as in 0:0;1:1,2; got {text!r}") from None
+        if sorted(target for target, _ in pairs) != list(range(len(pairs))) or [pair for pair in pairs if 0 in pair] != [(0, 0)]:
+            raise ValueError(f"a map names every target block exactly once, and block 0 only in 0:0; got {part!r}")
+        maps.append([source for _, source in sorted(pairs)])
+    if len(maps) not in (1, stages):
+        raise ValueError(f"the map {text!r} is for {len(maps)} stages, the network has {stages}; write one for each, or one for all")
+    return maps * stages if len(maps) == 1 else maps
+
+
+# "net.blocks.4.conv1.weight" (CIFAR, blocks counted through the three stages), "layer2.1.downsample.0.weight" (torchvision,
+# counted in each stage), anything before it: "model.", "module."
+BLOCK = re.compile(r"(?P<before>(?:.*\.)?)(?:(?P<flat>blocks)|layer(?P<stage>[1-9]))\.(?P<block>\d+)\."
+                   r"(?P<rest>(?:conv|bn)[12]\.\w+|(?:shortcut|downsample)\.[01]\.\w+)")
+LIKE_BLOCK = re.compile(r"(?:.*\.)?(?:blocks|layer[1-9])\.\d+\..*")
+
+
+def residual_blocks(names):
+    """([blocks per stage], {name: (stage, block, match of BLOCK)}) of a ResNet of basic blocks, from its tensors' names.
+
+    Names in no block (stem, head) are left out of the dict. ValueError for anything but stages of basic blocks."""
+    matches = {name: BLOCK.fullmatch(name) for name in names}
+    if odd := [name for name, match in matches.items() if not match and LIKE_BLOCK.fullmatch(name)]:
+        raise ValueError(f"{odd[0]} is in no basic residual block (conv1, bn1, conv2, bn2 and a shortcut); no other kind can be stretched")
+    flat = {int(match["block"]) for match in matches.values() if match and match["flat"]}
+    each, places, stages = max(1, len(flat) // 3), {}, {}
+    for name, match in matches.items():
+        if match:
+            number = int(match["block"])
+            places[name] = (*(divmod(number, each) if match["flat"] else (int(match["stage"]) - 1, number)), match)
+            stages.setdefault(places[name][0], {}).setdefault(places[name][1], set()).add(match["before"] + match["rest"])
+
+    def regular(stage):         # no gap in the numbers; units all alike, and without a shortcut: in CIFAR's names that
+        units = [stage[block] for block in stage if block]    # is what tells stages of unequal length, which cannot be told apart
+        return (sorted(stage) == list(range(len(stage))) and all(unit == units[0] for unit in units)
+                and not any("shortcut." in rest or "downsample." in rest for unit in units for rest in unit))
+
+    if (not stages or sorted(stages) != list(range(len(stages))) or not all(map(regular, stages.values()))
+            or flat and {len(stage) for stage in stages.values()} != {each} or flat and len(stages) != 3
+            or len({match["before"] for *_, match in places.values()}) > 1):
+        raise ValueError("these are not the tensors of one ResNet with stages of basic blocks: blocks.I.conv1... in three equal stages "
+                         "(CIFAR), or layerS.I.conv1... (torchvision)")
+    return [len(stages[stage]) for stage in sorted(stages)], places
+
+
+def remap_blocks(tensors, maps):
+    """A dict of tensors (weights and statistics, or masks) with the blocks of each stage as `maps` say: target block t of
+    stage s is source block maps[s][t]. What is in no block comes over one to one. All are copies, without rescaling."""
+    counts, places = residual_blocks(tensors)
+    if len(maps) != len(counts) or any(blocks[0] or not all(0 < b < count for b in blocks[1:]) for blocks, count in zip(maps, counts)):
+        raise ValueError(f"the map {format_maps(maps)} does not fit stages of {', '.join(map(str, counts))} blocks")
+    out = {}
+    for name, tensor in tensors.items():
+        if name not in places:
+            out[name] = tensor.clone()
+            continue
+        stage, block, match = places[name]
+        for target in (t for t, source in enumerate(maps[stage]) if source == block):
+            number = sum(map(len, maps[:stage])) + target if match["flat"] else target
+            out[f"{name[:match.start('block')]}{number}{name[match.end('block'):]}"] = tensor.clone()
+    return out
+
+
+def stretch(tensors, blocks, order="append"):
+    """A ticket for a deeper ResNet. tensors: its dict of weights, or of masks; blocks: [per stage] of the deeper one."""
+    counts, _ = residual_blocks(tensors)
+    if len(blocks) != len(counts) or any(wanted < there for there, wanted in zip(counts, blocks)):
+        raise ValueError(f"stages of {counts} blocks do not stretch to {list(blocks)}; squeeze makes fewer")
+    return remap_blocks(tensors, [block_map(there, wanted, order) for there, wanted in zip(counts, blocks)])
+
+
+def squeeze(tensors, blocks, order="append"):
+    """A ticket for a shallower ResNet; arguments as of stretch. To undo a stretch exactly: remap_blocks by inverse_maps."""
+    counts, _ = residual_blocks(tensors)
+    if len(blocks) != len(counts) or any(wanted > there for there, wanted in zip(counts, blocks)):
+        raise ValueError(f"stages of {counts} blocks do not squeeze to {list(blocks)}; stretch makes more")
+    return remap_blocks(tensors, [block_map(there, wanted, order) for there, wanted in zip(counts, blocks)])
+
+
+def stage_densities(masks):
+    """[(blocks, density of block 0, density of the units or nan), ...] per stage, from a ResNet's masks. With a whole factor the units'
+    stays as it was; the network's does not, since stem, head and first blocks weigh less in it."""
+    counts, places = residual_blocks(masks)
+    parts = {}
+    for name, (stage, block, _) in places.items():
+        parts.setdefault((stage, block > 0), {})[name] = masks[name]
+    return [(count, density(parts[stage, False]), density(parts[stage, True]) if count > 1 else math.nan)
+            for stage, count in enumerate(counts)]
+
+
+# ==================================================================================================
+# 11. METRICS: distances between sets of images (by the features of a fixed network, in float64), and
 #    multiply-accumulates (MACs) of networks and of trainings.
 
 FID_WEIGHTS = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -2314,7 +2460,7 @@ def gan_training_macs(history, steps, positions, sizes, batch_size, n_critic, g_
 
 
 # ==================================================================================================
-# 11. COMMAND LINE: settings, checks, the methods, the run folder, the table. Only this section prints
+# 12. COMMAND LINE: settings, checks, the methods, the run folder, the table. Only this section prints
 #    (and the progress line of `train`), and only here are there settings.
 
 DEFAULTS = dict(method="ddst", dataset="shapes", seed=0, width=1.0, density=0.3, grow="gradient", band=[0.45, 0.55],
