@@ -48,8 +48,9 @@ import torch.nn.functional as F
 from torch import nn
 
 # ==================================================================================================
-# 1. DATA: every image set becomes one uint8 tensor (N, C, H, W) in memory. A batch is a function of
-#    (seed, position), so there is no loader to save, to restart or to wait for.
+# 1. DATA: every image set becomes one uint8 tensor (N, C, H, W) in memory; only ImageNet, which does not
+#    fit, is a stream of the same kind. A batch is a function of (seed, position), so there is no loader's
+#    state to save.
 
 DATASETS = {                  # native size, channels, may be mirrored (a mirrored 7 is not a 7), classes (0: no labels)
     "shapes":        dict(image_size=32, channels=3, flip=False, classes=3),
@@ -59,7 +60,9 @@ DATASETS = {                  # native size, channels, may be mirrored (a mirror
     "stl10":         dict(image_size=48, channels=3, flip=True, classes=10),
     "celeba":        dict(image_size=64, channels=3, flip=True, classes=0),
     "folder":        dict(image_size=64, channels=3, flip=True, classes=0),     # any path that is a folder of images
+    "imagenet":      dict(image_size=224, channels=3, flip=True, classes=1000), # train/ and val/, a folder per class
 }
+DATASET_TAKES = f"--dataset takes {', '.join(name for name in DATASETS if name != 'folder')} or the path of a folder of images"
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
@@ -218,8 +221,7 @@ def load_images(name, root="data", size=None, train=True, at_least=1, labelled=F
     folder = Path(root) / "celeba" / "img_align_celeba" if name == "celeba" else Path(name)
     if not folder.is_dir():
         where = (f"unzip CelebA's img_align_celeba.zip there (mmlab.ie.cuhk.edu.hk/projects/CelebA.html) or name "
-                 f"another --data" if name == "celeba" else
-                 f"--dataset takes {', '.join(n for n in DATASETS if n != 'folder')} or the path of a folder of images")
+                 f"another --data" if name == "celeba" else DATASET_TAKES)
         raise ValueError(f"no folder {folder}; {where}")
     count = len(list_images(folder))
     if count - count // 10 < at_least:
@@ -260,6 +262,100 @@ def load_torchvision_set(name, root, size, train, labelled=False):
     return resize(images.contiguous(), size), torch.as_tensor(labels).long()
 
 
+class ImageStream:
+    """Labelled images decoded while they are used: what a tensor of images does here, for sets that fit no memory.
+
+    folder   train/ or val/ of ImageNet's layout, a folder per class, as torchvision's ImageFolder reads it
+    workers  processes that decode; 0: this one. They change no number
+    To be measured: resized to 256/224 of `size`, of which the centre. To train on: a random part (area .1 to 1 of the image,
+    ratio .8 to 1.25, resized) and mirrored at random, a function of (seed, epoch, index). Chen et al. 2021.
+    ValueError for a folder that is no such thing, and for a file that cannot be read when its turn comes.
+    """
+
+    def __init__(self, folder, size, workers=0):
+        vision = import_torchvision()
+        crops = vision.transforms
+        try:
+            self.files = vision.datasets.ImageFolder(folder)
+        except OSError as error:                              # no folder, no class in it, or a class without an image
+            raise ValueError(f"{folder} must hold a folder of images per class ({first_line(error)})") from None
+        self.labels = torch.tensor(self.files.targets)
+        self.centre = crops.Compose([crops.Resize(round(size * 256 / 224)), crops.CenterCrop(size), crops.PILToTensor()])
+        self.random = crops.Compose([crops.RandomResizedCrop(size, (0.1, 1), (0.8, 1.25)), crops.RandomHorizontalFlip(),
+                                     crops.PILToTensor()])
+        self.workers, self.size, self.next, self.batches = workers, size, None, None
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getstate__(self):                                   # what a worker gets: not the other workers
+        return {**self.__dict__, "next": None, "batches": None}
+
+    def __getitem__(self, item):
+        """uint8 (3, size, size): the centre of image `item`, or for (seed, epoch, index) a random part; a line of text instead of
+        a file that cannot be read (an exception would come out of a worker as a page of text)."""
+        from PIL import Image
+        path, _ = self.files.samples[item[-1] if isinstance(item, tuple) else item]
+        try:
+            image = self.files.loader(path)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return f"cannot read {path} ({first_line(error)}); repair the file"
+        if not isinstance(item, tuple):
+            return self.centre(image)
+        seed, epoch, index = item
+        with torch.random.fork_rng(devices=[]):               # torchvision's transforms draw from the global generator
+            torch.default_generator.manual_seed(rng(seed, epoch, "augment", index).initial_seed())
+            return self.random(image)
+
+    def load(self, lists):
+        """uint8 (n, 3, size, size) for each list of n items in an iterable, in that order; workers decode ahead."""
+        loader = torch.utils.data.DataLoader(self, batch_sampler=lists, num_workers=self.workers, collate_fn=stack_images,
+                                             generator=torch.Generator())       # without it, seeds of workers come from the global one
+        for images in loader:
+            if isinstance(images, str):
+                raise ValueError(images)
+            yield images
+
+    def take(self, index):
+        """The centres of the images at `index`, int64 (n,)."""
+        return next(self.load([index.tolist()]))
+
+    def split(self, size):
+        """All centres in order, `size` at a time, as a tensor's split has them."""
+        return self.load([part.tolist() for part in torch.arange(len(self)).split(size)])
+
+    def batch(self, position, size, seed):
+        """Random parts of the images at batch_index(len, position, size, seed); quick when batches are asked for in turn."""
+        if self.next != (position, size, seed):
+            self.batches = self.load(self.items(position, size, seed))
+        self.next = (position + size, size, seed)
+        return next(self.batches)
+
+    def items(self, position, size, seed):
+        """Without end, the lists of (seed, epoch, index) of the batches from `position` on."""
+        while True:
+            index = batch_index(len(self), position, size, seed).tolist()
+            yield [(seed, (position + k) // len(self), i) for k, i in enumerate(index)]
+            position += size
+
+
+def stack_images(images):
+    """One uint8 tensor of the images, or the first line of text among them."""
+    return next((image for image in images if isinstance(image, str)), None) or torch.stack(images)
+
+
+def class_folders(root):
+    """Names of the classes of a folder in ImageNet's layout, ROOT/train/CLASS/... and ROOT/val/CLASS/...; ValueError when it is not."""
+    names = []
+    for part in ("train", "val"):
+        if not (root / part).is_dir():
+            raise ValueError(f"no folder {root / part}; a classifier's images lie in {root / 'train'} and {root / 'val'}, a folder per class")
+        names.append(sorted(path.name for path in (root / part).iterdir() if path.is_dir()))
+    if len(names[0]) < 2 or names[0] != names[1]:
+        raise ValueError(f"{root} has {len(names[0])} class folders in train and {len(names[1])} in val; the same, at least two, are needed")
+    return names[0]
+
+
 @functools.lru_cache(maxsize=4)
 def epoch_order(count, epoch, seed):
     """The seeded permutation of 0..count-1 that epoch number `epoch` goes through."""
@@ -292,8 +388,11 @@ def batch(images, position, size, seed, flip=False, device=None, crop=0):
     """The images at batch_index, in [-1, 1], mirrored and shifted at random.
 
     images (N, C, H, W) uint8 -> (size, C, H, W) float32 on `device`. crop: shifted by up to so many
-    pixels each way, black coming in at the edge (He et al. 2016: pad 4, cut 32 x 32 out).
+    pixels each way, black coming in at the edge (He et al. 2016: pad 4, cut 32 x 32 out). An ImageStream
+    mirrors and cuts in its own way.
     """
+    if isinstance(images, ImageStream):
+        return images.batch(position, size, seed).to(device or "cpu").float().div_(127.5).sub_(1)
     index = batch_index(len(images), position, size, seed).to(images.device)
     real = images[index].to(device or images.device).float().div_(127.5).sub_(1)
     if flip:
@@ -320,8 +419,8 @@ def latents(count, z, seed, step, purpose, k=0, device="cpu"):
 # ==================================================================================================
 # 2. MODELS: two families of trunks, each an encoder (also: discriminator) and a decoder (also:
 #    generator), at 32, 48 and 64 pixels. The class and the names inside are the same in every role,
-#    so a ticket of one can be tried in the other. Beside them a small linear autoencoder and the
-#    residual classifiers for CIFAR.
+#    so a ticket of one can be tried in the other. Beside them a small linear autoencoder, the
+#    residual classifiers for CIFAR, and torchvision's for ImageNet.
 
 # Objective and defaults. --width multiplies all channels. GANs: g_batches, G's batch in batches of D; ema, longest decay
 # of the average of G's weights, 0 = none; clip, D's weights stay in [-clip, clip], 0 = off.
@@ -329,7 +428,11 @@ DCGAN = dict(objective="non-saturating", optimizer="adam", lr=2e-4, betas=(0.5, 
              ema=0.0, z=64, clip=0.0, steps=50_000, batch_size=64)                                # Radford 2016
 AE = dict(objective="reconstruction", optimizer="adam", lr=1e-3, betas=(0.9, 0.999), z=64, steps=40_000, batch_size=128)
 VAE = {**AE, "objective": "variational", "beta": 1.0}                       # Kingma & Welling 2014; beta-VAE: --beta 4
-RESNET = dict(objective="cross-entropy", optimizer="sgd", lr=0.1, betas=(0.9, 0.0), steps=62_560, batch_size=128)
+RESNET = dict(objective="cross-entropy", optimizer="sgd", lr=0.1, betas=(0.9, 0.0), steps=62_560, batch_size=128,
+              drops=(1 / 2, 3 / 4), warmup=0.0)        # drops: shares of the steps at which lr falls to a tenth
+IMAGENET = {**RESNET, "lr": 0.4, "steps": 112_680, "batch_size": 1024,                  # 90 epochs: x .1 after 30, 60 and 80,
+            "drops": (30 / 90, 60 / 90, 80 / 90), "warmup": 5 / 90}                     # and 5 in which lr rises from 0
+STAGES = {"resnet18": (2, 2, 2, 2), "resnet26": (2, 3, 4, 3), "resnet34": (3, 4, 6, 3)}             # blocks, of torchvision's
 MODELS = {
     "sngan":        dict(objective="hinge", optimizer="adam", lr=2e-4, betas=(0.0, 0.9), n_critic=5, g_batches=2,
                          ema=0.999, z=128, clip=0.0, steps=100_000, batch_size=64),               # Wang et al. 2023
@@ -342,12 +445,12 @@ MODELS = {
     "ae":           AE,
     "vae":          VAE,
     "resnet_vae":   {**VAE, "z": 128},
-    **{f"resnet{depth}": RESNET for depth in (14, 20, 32, 44, 56, 110)},                          # Chen et al. 2021
+    **{f"resnet{depth}": RESNET for depth in (14, 20, 32, 44, 56, 110)}, **dict.fromkeys(STAGES, IMAGENET),     # Chen et al. 2021
 }   # Kalibhat et al. 2021 train wgan, resnet_dcgan and resnet_vae but give no complete layer lists: reconstructions
 GANS = tuple(name for name, defaults in MODELS.items() if "n_critic" in defaults)
 VAES = ("vae", "resnet_vae")
 SAMPLED = (*GANS, *VAES)                        # have samples, and so a distance
-CLASSIFIERS = tuple(name for name, defaults in MODELS.items() if defaults is RESNET)
+CLASSIFIERS = tuple(name for name, defaults in MODELS.items() if defaults in (RESNET, IMAGENET))
 
 
 class Encoder(nn.Module):
@@ -526,8 +629,7 @@ class BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
     """Classifier of small images, depth 6n + 2: three stages of n blocks, 16, 32 and 64 channels wide.
 
-    (B, channels, S, S) -> logits (B, classes). Names and initialisation are those of the elastic
-    tickets' code (Chen et al. 2021): kaiming normal, and batch norm's scale uniform in 0..1.
+    (B, channels, S, S) -> logits (B, classes). Names as in the elastic tickets' code (Chen et al. 2021).
     """
 
     def __init__(self, depth, width, channels, classes):
@@ -538,20 +640,21 @@ class CifarResNet(nn.Module):
         plan = [(w[max(0, stage - (i == 0))], w[stage], 2 if stage and i == 0 else 1) for stage in range(3) for i in range(n)]
         self.blocks = nn.ModuleList(BasicBlock(*block) for block in plan)
         self.fc = nn.Linear(w[2], classes)
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(module.weight)
-            elif isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.weight)
 
-    def features(self, x):                                   # (B, c, S, S) -> (B, 64 width)
+    def forward(self, x):                                    # (B, c, S, S)
         x = F.relu(self.bn(self.conv(x)))
         for block in self.blocks:
             x = block(x)                                     # (B, 16..64, S..S/4, S..S/4)
-        return x.mean((2, 3))
+        return self.fc(x.mean((2, 3)))
 
-    def forward(self, x):
-        return self.fc(self.features(x))
+
+def imagenet_resnet(model, channels, classes):
+    """torchvision's ResNet with basic blocks; resnet26 is Chen et al.'s, between the two that torchvision has."""
+    models = import_torchvision().models
+    net = models.ResNet(models.resnet.BasicBlock, list(STAGES[model]), num_classes=classes)
+    if channels != 3:
+        net.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+    return net
 
 
 def build(model, size=32, channels=3, width=1.0, z=None, seed=0, classes=10, draw=0):
@@ -560,8 +663,8 @@ def build(model, size=32, channels=3, width=1.0, z=None, seed=0, classes=10, dra
     G, decoder: latents (B, z) -> images; D: images -> (B, 1) logits; encoder: images -> (B, z), or for a
     VAE (B, 2z), mean and log-variance; net: images -> (B, classes) logits. Initialised under a seed of its
     own, the caller's random state stays as it is; draw 1, 2, ... of the same seed are other weights.
-    sngan: Xavier uniform weights, zero biases; classifiers as in their class; the others keep PyTorch's
-    default. Convolution weights lie in memory channels last, which takes a quarter off a step on a CPU;
+    sngan: Xavier uniform weights, zero biases; classifiers as Chen et al. 2021: Kaiming normal weights, batch norm's
+    scale uniform in 0..1; the others keep PyTorch's default. Convolution weights lie in memory channels last, which takes a quarter off a step on a CPU;
     values and names are the same.
     """
     if model not in MODELS:
@@ -571,11 +674,19 @@ def build(model, size=32, channels=3, width=1.0, z=None, seed=0, classes=10, dra
         raise ValueError(f"{model} is built for images of {'32, 48 or 64' if trunks else '8 to 1024'} pixels; got {size}")
     if not 0 < width <= 16:
         raise ValueError(f"width multiplies the channel counts, 0 < width <= 16; got {width}")
+    if model in STAGES and width != 1:
+        raise ValueError(f"{model} is torchvision's, which has one width; got --width {width}. resnet14 to resnet110 have any")
     z, w = z or MODELS[model].get("z"), max(1, round(64 * width))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(rng(seed, 0, "weights", draw).initial_seed())
         if model in CLASSIFIERS:
-            nets = {"net": CifarResNet(int(model.removeprefix("resnet")), width, channels, classes)}
+            nets = {"net": imagenet_resnet(model, channels, classes) if model in STAGES else
+                    CifarResNet(int(model.removeprefix("resnet")), width, channels, classes)}
+            for module in nets["net"].modules():
+                if isinstance(module, (nn.Conv2d, nn.Linear)):
+                    nn.init.kaiming_normal_(module.weight)
+                elif isinstance(module, nn.BatchNorm2d):
+                    nn.init.uniform_(module.weight)
         else:
             gan = model in GANS
             out = 1 if gan else 2 * z if model in VAES else z
@@ -976,9 +1087,11 @@ def classifier_step(net, optimizer, x, labels, masks=None, amp=False):
     return {"losses": {"net": loss.detach()}}
 
 
-def lr_factor(step, steps):
-    """Factor of a classifier's learning rate: x .1 at 1/2 and again at 3/4 of the steps (Chen et al. 2021)."""
-    return 0.1 ** ((2 * step >= steps) + (4 * step >= 3 * steps))
+def lr_factor(step, steps, drops=(1 / 2, 3 / 4), warmup=0.0):
+    """Factor of a classifier's learning rate: x .1 at each of `drops`, and linear from 0 over the first `warmup`, all in shares
+    of the steps. Chen et al. 2021; the defaults are those for CIFAR (their code; the paper prints another second drop)."""
+    rise = round(warmup * steps)
+    return min(1.0, (step + 1) / rise if rise else 1.0) * 0.1 ** sum(step > drop * steps - 1e-6 for drop in drops)
 
 
 # ==================================================================================================
@@ -2143,6 +2256,21 @@ def squeeze(tensors, blocks, order="append"):
     return remap_blocks(tensors, [block_map(there, wanted, order) for there, wanted in zip(counts, blocks)])
 
 
+def elastic_ticket(theta, masks, target, maps):
+    """(theta, masks, fresh) of a ticket for a ResNet of another depth: remap_blocks of both, to fit the state dict `target`.
+
+    A last layer for another number of classes cannot come over: it is the target's own, dense, and named in `fresh`.
+    ValueError, naming the tensor, when anything else does not fit: another width, input or family."""
+    theta, masks = remap_blocks(theta, maps), remap_blocks(masks, maps)
+    for name in [*target, *theta]:
+        there, here = (tuple(part[name].shape) if name in part else "nothing" for part in (theta, target))
+        if there != here and name.split(".")[-2:-1] != ["fc"]:
+            raise ValueError(f"the ticket does not fit: {name} has {there} in it and {here} in the target")
+    fresh = [name for name in target if theta[name].shape != target[name].shape]
+    theta |= {name: target[name].clone() for name in fresh}
+    return theta, masks | {name: torch.ones_like(theta[name]) for name in fresh if name in masks}, fresh
+
+
 def stage_densities(masks):
     """[(blocks, density of block 0, density of the units or nan), ...] per stage, from a ResNet's masks. With a whole factor the units'
     stays as it was; the network's does not, since stem, head and first blocks weigh less in it."""
@@ -2232,12 +2360,13 @@ class ClassifierFeatures(nn.Module):
 
     def __init__(self, net, label, channels, size):
         super().__init__()
-        self.net, self.label, self.channels, self.size = net.eval(), label, channels, size
+        self.net, self.label, self.channels, self.size = copy.deepcopy(net).eval(), label, channels, size
+        self.net.fc = nn.Identity()
 
     def forward(self, images):
         x = resize(images, self.size).float() / 127.5 - 1
         x = x.mean(1, keepdim=True) if self.channels == 1 else x.expand(-1, 3, -1, -1)
-        return self.net.features(x)
+        return self.net(x)
 
 
 def feature_network(name, weights=None):
@@ -2464,12 +2593,13 @@ def gan_training_macs(history, steps, positions, sizes, batch_size, n_critic, g_
 #    (and the progress line of `train`), and only here are there settings.
 
 DEFAULTS = dict(method="ddst", dataset="shapes", seed=0, width=1.0, density=0.3, grow="gradient", band=[0.45, 0.55],
-                max_density_D=1.0, ratio_every=10, prune_rate=0.2, scope="global", controls=False, score_batches=4, channels_kept=0.45, gamma_l1=0.0, amp=False,
+                max_density_D=1.0, ratio_every=10, prune_rate=0.2, order="append", map=None, scope="global", controls=False, score_batches=4, channels_kept=0.45, gamma_l1=0.0, amp=False,
                 data="data", checkpoint_s=120.0)
 EVALUATION = dict(eval_images=None, features="random", inception_weights=None)          # may change when a run continues
 # On shapes, minutes on two cores. At its own lr two thousand steps of sngan give blobs; other models keep theirs.
 SHAPES_PRESET = {"gan": dict(width=0.125, batch_size=16, steps=2000), "autoencoder": dict(width=0.25, batch_size=64, steps=1000),
                  "classifier": dict(width=0.5, batch_size=64, steps=400), "sngan": dict(n_critic=1, lr=1e-3), "rounds": 5,
+                 **{model: dict(width=1.0) for model in STAGES},          # torchvision's have one width
                  "earlybird": dict(batch_size=64, steps=2000)}            # it takes five epochs, and as many steps after them
 PAPER_ROUNDS = 20                                           # of Kalibhat et al. 2021: 1 % of the weights is left
 CPU_SIZE = dict(width=0.25, n_critic=1, batch_size=32)      # what a CPU can train on photographs in 20 minutes
@@ -2484,14 +2614,15 @@ READ_BY = {                         # flags that only some methods read; a flag 
     "update_every_D": ("ddst",), "first_D": ("ddst",),        # no flags, but settings of ddst alone
     "rounds": ("imp",), "prune_rate": ("imp",), "rewind_step": ("imp", *SCORED), "scope": ("imp", "earlybird"), "score_batches": ("snip", "grasp"),
     "channels_kept": ("earlybird",), "gamma_l1": ("earlybird",),
-    "prune": ("imp", "transfer"), "controls": ("imp", "ticket", "transfer", *SCORED), "ticket": ("ticket", "transfer"),
+    "prune": ("imp", "transfer"), "controls": ("imp", "ticket", "transfer", "elastic", *SCORED), "ticket": ("ticket", "transfer", "elastic"),
+    "order": ("elastic",), "map": ("elastic",),
 }
 READ_BY_MODEL = {                   # and by some models
     "density_D": GANS, "n_critic": GANS, "ratio_every": GANS, "beta": VAES,
     "z": tuple(m for m in MODELS if m not in CLASSIFIERS), "features": SAMPLED, "inception_weights": SAMPLED, "eval_images": SAMPLED,
 }
-FOR_EVALUATE, FOR_EXPORT = {"evaluate", "device", "data", *EVALUATION}, {"export"}
-NOT_IDENTITY = {"device", "out", "data", "checkpoint_s", "environment", "given", *EVALUATION}
+FOR_EVALUATE, FOR_EXPORT = {"evaluate", "device", "data", "workers", *EVALUATION}, {"export"}
+NOT_IDENTITY = {"device", "out", "data", "workers", "checkpoint_s", "environment", "given", *EVALUATION}
 
 
 def parse(argv):
@@ -2503,8 +2634,8 @@ def parse(argv):
                                             "command again continues a run that was cut off.")
     add = parser.add_argument
     add("--method", help=f"{', '.join(METHODS)} (default ddst)")
-    add("--dataset", help="shapes (built in), mnist, fashion_mnist, cifar10, stl10, celeba, or a folder of images")
-    add("--model", help=f"{', '.join(MODELS)} (default sngan; imp: dcgan; ticket: its own; earlybird: dcgan; magnitude, snip, grasp: resnet20)")
+    add("--dataset", help="shapes (built in), mnist, fashion_mnist, cifar10, stl10, celeba, imagenet, or a folder of images (for a classifier of train/ and val/, a folder per class)")
+    add("--model", help=f"{', '.join(MODELS)} (default sngan; imp: dcgan; ticket: its own; earlybird: dcgan; magnitude, snip, grasp: resnet20; elastic: resnet32)")
     add("--density", type=float, help="share of weights kept, of a GAN G's, 0 < d <= 1 (default 0.3); imp: prune until it is reached")
     add("--steps", type=int, help="of a GAN updates of G (default by model, 4,690 to 100,000)")
     add("--batch-size", type=int, help="images per step, of a GAN real images per step of D (default by model, 64 or 128)")
@@ -2514,12 +2645,13 @@ def parse(argv):
     add("--out", help="run folder (default runs/METHOD-MODEL-DATASET-SEED)")
     add = parser.add_argument_group("data and training").add_argument
     add("--data", help="folder that holds the data sets (default data)")
-    add("--image-size", type=int, help="32, 48 or 64 pixels, linear_ae and classifiers 8 to 1024 (default by data set; celeba and folders 64)")
+    add("--image-size", type=int, help="32, 48 or 64 pixels, linear_ae and classifiers 8 to 1024 (default by data set; celeba and folders 64, imagenet 224)")
     add("--z", type=int, help="size of the latent vector (default by model)")
     add("--beta", type=float, help="vae, resnet_vae: weight of the KL term (default 1)")
     add("--n-critic", type=int, help="steps of D per step of G (default by model)")
     add("--lr", type=float, help="learning rate (default by model)")
     add("--amp", action="store_true", default=None, help="forward passes of the training in bfloat16, on CUDA only")
+    add("--workers", type=int, help="imagenet: processes that decode images (default: as many as processors, at most 8)")
     add("--checkpoint-s", type=float, help="seconds between checkpoints (default 120)")
     add = parser.add_argument_group("sparse training").add_argument
     add("--density-D", type=float, help="share of D's weights kept; at the start, for ddst (default 1; ddst: as --density)")
@@ -2538,7 +2670,9 @@ def parse(argv):
     add("--controls", action="store_true", default=None, help="train the random ticket (same mask, other weights) and the shuffled mask too")
     add("--channels", type=float, dest="channels_kept", help="earlybird: share of the channels kept (default 0.45)")
     add("--gamma-l1", type=float, help="earlybird: L1 penalty on batch norm's scales until the ticket is found (default 0; You et al. 1e-4)")
-    add("--ticket", metavar="T", help="ticket, transfer: a ticket file, or a run folder (its sparsest winning ticket)")
+    add("--ticket", metavar="T", help="ticket, transfer, elastic: a ticket file, or a run folder (its sparsest winning ticket)")
+    add("--order", help="elastic: copies of residual blocks append behind the last copied one, or interpolate behind their sources (default append)")
+    add("--map", help="elastic: source:target,target;... for every stage, or with | between stages, instead of --order")
     add = parser.add_argument_group("measuring").add_argument
     add("--eval-every", type=int, help="steps between evaluations (default steps/10; imp: at both ends)")
     add("--eval-images", type=int, help="most images on either side of a distance (default 2,000; inception 50,000 if there are)")
@@ -2565,7 +2699,7 @@ def resolve(given):
     """All settings of a run: flag, else the ticket's, else preset, else model's, else data set's, else DEFAULTS."""
     method = given.get("method", DEFAULTS["method"])
     choose("method", method, METHODS)
-    ticket = inherited(given, method) if method in ("ticket", "transfer") else {}
+    ticket = inherited(given, method) if method in ("ticket", "transfer", "elastic") else {}
     model = given.get("model", ticket.get("model", "dcgan" if method in ("imp", "earlybird") else "resnet20" if method in SCORED else "sngan"))
     dataset = given.get("dataset", ticket.get("dataset", DEFAULTS["dataset"]))
     choose("model", model, MODELS)
@@ -2578,14 +2712,19 @@ def resolve(given):
                          "linear_ae has no batch norm whose scales could rank channels; --method earlybird works with every other model")
     check_read(given, READ_BY, method)
     check_read(given, READ_BY_MODEL, model)
+    root = class_root(dataset, given.get("data", DEFAULTS["data"]), model)
     for name, unread, goes_with in (("inception_weights", given.get("features") != "inception", "--features inception"),
                                     ("data", dataset == "shapes", "every --dataset but shapes"),
                                     ("grow", method == "sdst" and given.get("update_every") == 0, "--update-every above 0"),
-                                    ("density", "rounds" in given, "no --rounds: either sets where pruning ends")):
+                                    ("density", "rounds" in given, "no --rounds: either sets where pruning ends"),
+                                    ("order", "map" in given, "no --map: either says where blocks go"),
+                                    ("workers", not root, "images that are read while training: --dataset imagenet, or a folder and a classifier")):
         if name in given and unread:
             raise ValueError(f"{flag(name)} is not read here; it goes with {goes_with}")
     kind = "gan" if model in GANS else "classifier" if model in CLASSIFIERS else "autoencoder"
-    own, preset = DATASETS.get(dataset, DATASETS["folder"]), {}
+    own, preset = DATASETS.get(dataset, DATASETS["imagenet" if root else "folder"]), {}
+    if root:
+        own = {**own, "classes": len(class_folders(root))}
     if model == "linear_ae" and dataset in ("mnist", "fashion_mnist"):
         own = {**own, "image_size": 28}                       # the paper's 784 inputs; no black frame
     if dataset == "shapes":
@@ -2596,10 +2735,12 @@ def resolve(given):
     if kind == "classifier" and not s["classes"]:
         raise ValueError(f"{model} needs labels and {dataset} has none; "
                          f"--dataset {', '.join(n for n in DATASETS if DATASETS[n]['classes'])} have them")
-    if kind == "classifier":
+    if kind == "classifier" and not root:
         s["crop"] = 4
+    if model in STAGES and "lr" not in given and "lr" not in ticket:
+        s["lr"] *= s["batch_size"] / IMAGENET["batch_size"]                # in proportion: Goyal et al. 2017
     s.setdefault("rewind_step", 0 if method in SCORED else min(1000 if kind == "classifier" else 100 if model == "linear_ae" else 10, s["steps"] // 10))
-    if method in ("imp", "ticket", *SCORED) and not 0 <= s["rewind_step"] < s["steps"]:
+    if method in ("imp", "ticket", "elastic", *SCORED) and not 0 <= s["rewind_step"] < s["steps"]:
         raise ValueError(f"the rewind step {s['rewind_step']} is not before the last of {s['steps']} steps; "
                          f"pass a smaller --rewind-step or more --steps")
     s.setdefault("prune", s["roles"])
@@ -2629,6 +2770,7 @@ def resolve(given):
         raise ValueError(f"--band takes two numbers, LOW <= HIGH; got {s['band'][0]} {s['band'][1]}")
     choose("grow", s["grow"], ("gradient", "random"))
     choose("scope", s["scope"], SCOPES)
+    choose("order", s["order"], ORDERS)
     for name in ("density", "density_D", "max_density_D"):
         check_density(s[name], flag(name))
     check_density(s["channels_kept"], "--channels", "channels")
@@ -2639,11 +2781,13 @@ def resolve(given):
     if method == "ddst" and s["density_D"] > s["max_density_D"]:
         raise ValueError(f"D starts with {s['density_D']} of its weights, above --max-density-D {s['max_density_D']}; "
                          f"pass a smaller --density-D or a larger --max-density-D")
-    kept_by_ticket = {"rewind_step", "prune"} if method == "ticket" else set()
+    kept_by_ticket = {"rewind_step", "prune"} if method in ("ticket", "elastic") else set()
     for reads, what in ((READ_BY, method), (READ_BY_MODEL, model)):              # what is not read is no setting of the run
         for name, readers in reads.items():
             if what not in readers and name not in {*EVALUATION, *kept_by_ticket}:
                 s[name] = None
+    if s["map"]:
+        s["order"] = None
     s["device"] = str(pick_device(given.get("device")))
     if s["amp"] and not (s["device"].startswith("cuda") and torch.cuda.get_device_capability(s["device"]) >= (8, 0)):      # below, it is emulated
         raise ValueError(f"--amp needs a CUDA device that computes in bfloat16, where it saves time; this is {s['device']}")
@@ -2652,6 +2796,19 @@ def resolve(given):
 
 
 ROLES = {"gan": ("G", "D"), "autoencoder": ("encoder", "decoder"), "classifier": ("net",)}
+
+
+def class_root(dataset, data, model):
+    """The folder whose train/ and val/ a classifier's images are streamed from; None for sets that are held in memory."""
+    if dataset == "imagenet" and model not in CLASSIFIERS:
+        raise ValueError(f"--dataset imagenet is for classifiers, {', '.join(CLASSIFIERS)}; pass {model} the path of a folder of images")
+    if dataset == "imagenet":
+        return Path(data) / "imagenet"
+    if model not in CLASSIFIERS or dataset in DATASETS:
+        return None
+    if not Path(dataset).is_dir():
+        raise ValueError(f"no folder {dataset}; {DATASET_TAKES}")
+    return Path(dataset)
 
 
 def inherited(given, method):
@@ -2670,14 +2827,22 @@ def inherited(given, method):
     if method == "ticket" and given.get("model", s["model"]) != s["model"]:
         raise ValueError(f"--ticket {path} is of a {s['model']}; --model {given['model']} takes it by --method transfer")
     names = ["dataset", "seed", "width", "image_size"]
-    if method == "ticket":
+    if method == "elastic":
+        family = [m for m in CLASSIFIERS if (m in STAGES) == (s["model"] in STAGES)]
+        if s["model"] not in CLASSIFIERS:
+            raise ValueError(f"--ticket {path} is of a {s['model']}; elastic makes a ResNet's ticket deeper or shallower, {', '.join(CLASSIFIERS)}")
+        if given.get("model", family[0]) not in family:
+            raise ValueError(f"--ticket {path} is of a {s['model']}, which fits --model {', '.join(family)}; got {given['model']}")
+        names += ["steps", "batch_size", "lr", "rewind_step", "prune"]
+    elif method == "ticket":
         names += ["model", "z", "steps", "batch_size", "lr", "n_critic", "beta", "rewind_step", "prune"]
     elif "model" not in given:
         raise ValueError(f"--method transfer needs --model, the model that the ticket of a {s['model']} goes into")
     elif given["model"] in MODELS and "z" in MODELS[given["model"]]:
         names += ["z"]
     return {**{name: s[name] for name in names if s.get(name) is not None}, "ticket_file": str(path),
-            "ticket_sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
+            "ticket_sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+            **({"model": "resnet34" if s["model"] in STAGES else "resnet32"} if method == "elastic" else {})}
 
 
 def check_read(given, readers, what):
@@ -2690,7 +2855,7 @@ def check_read(given, readers, what):
 def check_least(s):
     """ValueError for a whole number or time below its least value. Not `<`: nan is refused too."""
     for name, least in dict(steps=1, batch_size=2, n_critic=1, z=1, ratio_every=1, seed=0, update_every=0, eval_every=1,
-                            eval_images=1, checkpoint_s=0, rounds=1, rewind_step=0, score_batches=1).items():
+                            eval_images=1, checkpoint_s=0, workers=0, rounds=1, rewind_step=0, score_batches=1).items():
         if s.get(name) is not None and not s[name] >= least:
             raise ValueError(f"{flag(name)} is at least {least}; got {s[name]}")
 
@@ -2790,15 +2955,20 @@ def load_job(s, nets, masks):
     """Images and feature network beside `nets` and `masks`. ValueError when something is missing; writes no run folder."""
     device = torch.device(s["device"])
     network = feature_network(s["features"], s["inception_weights"]).to(device)
-    (images, labels), (held_out, truth) = (load_images(s["dataset"], s["data"], s["image_size"], train, s["batch_size"],
-                                                       s["model"] in CLASSIFIERS) for train in (True, False))
+    if root := class_root(s["dataset"], s["data"], s["model"]):
+        workers = min(8, os.cpu_count()) if s.get("workers") is None else s["workers"]
+        images, held_out = (ImageStream(root / part, s["image_size"], workers) for part in ("train", "val"))
+        labels, truth = images.labels, held_out.labels
+    else:
+        (images, labels), (held_out, truth) = (load_images(s["dataset"], s["data"], s["image_size"], train, s["batch_size"],
+                                                           s["model"] in CLASSIFIERS) for train in (True, False))
     decode_listed.cache_clear()               # the whole set a second time: free it
     if len(images) < s["batch_size"]:
         raise ValueError(f"a batch of {s['batch_size']} is larger than the {len(images)} training images; "
                          f"pass a smaller --batch-size")
     if s["roles"][0] == "encoder" and not len(held_out):
         raise ValueError(f"{s['dataset']} has {len(images)} images, of which none is held out to measure the error on; 10 are needed")
-    if device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] / 2:
+    if device.type == "cuda" and not root and images.numel() < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
     return Job({**s, "data_images": len(images)}, images, labels, held_out, truth, network, nets, masks)
 
@@ -2811,7 +2981,7 @@ def fresh_networks(s, draw=0):
 def start_masks(s, nets):
     """The masks that a run starts with, flat. A network that is dense and stays it has none: nothing to multiply,
     nothing to store. Under ddst D has them even while all are 1, because they will move."""
-    if s["method"] in ("ticket", "transfer"):
+    if s["method"] in ("ticket", "transfer", "elastic"):
         return open_ticket(s, nets)[1]
     if s["method"] in ("imp", *SCORED):                       # from dense, but not to nothing
         density, roles = s["density"] or (1 - s["prune_rate"]) ** s["rounds"], s["prune"] if s["method"] == "imp" else s["roles"]
@@ -2995,42 +3165,75 @@ def train_imp(job):
 
 
 def open_ticket(s, nets):
-    """(theta, masks, line that says what they are) of a ticket or transfer run, for `nets`; ValueError if it does not fit."""
+    """(theta, masks, lines that say what they are, columns of the summary) of a ticket, transfer or elastic run, for `nets`;
+    ValueError if it does not fit."""
     path = s["ticket_file"]
     ticket = load_ticket(path, s["device"])
-    theta, masks, made = ticket["theta"], ticket["masks"], ticket["settings"]
+    theta, masks, made, more = ticket["theta"], ticket["masks"], ticket["settings"], {}
+    metrics = ticket["metrics"] if isinstance(ticket["metrics"], dict) else {}
     if s["method"] == "ticket":
         check_ticket(path, theta, masks, nets, s["prune"])
         what = f"from step {s['rewind_step']}"
-    else:
+    elif s["method"] == "transfer":
         theta, masks, came, fresh = transfer_ticket(theta, masks, nets.state_dict(), s["prune"])
         what = f"{len(came)} tensors come over: {', '.join(came)}; fresh and dense: {', '.join(fresh) or 'none'}"
-    metrics = ticket["metrics"] if isinstance(ticket["metrics"], dict) else {}
+    else:
+        before, wanted = (residual_blocks(part)[0] for part in (theta, nets.state_dict()))
+        maps = parse_maps(s["map"], len(before)) if s["map"] else [block_map(*pair, s["order"]) for pair in zip(before, wanted)]
+        if [len(blocks) for blocks in maps] != wanted:
+            raise ValueError(f"--map {s['map']} makes stages of {', '.join(str(len(blocks)) for blocks in maps)} blocks; "
+                             f"{s['model']} has {', '.join(map(str, wanted))}")
+        theta, masks, fresh = elastic_ticket(theta, masks, nets.state_dict(), maps)
+        check_ticket(path, theta, masks, nets, s["prune"])
+        rows = [["", f"{made['model']}: blocks", "block 0 kept", "units kept", f"{s['model']}: blocks", "block 0 kept", "units kept"]]
+        for stage, pair in enumerate(zip(stage_densities(ticket["masks"]), stage_densities(masks)), 1):
+            rows.append([f"  stage {stage}", *(cell for count, first, units in pair for cell in (str(count), f"{first:.2%}", f"{units:.2%}"))])
+        more = {"map": format_maps(maps), "source": made["model"], "source_density": ticket["density"], "source_value": metrics.get("ticket")}
+        what = (f"from step {s['rewind_step']}; {s['model']} keeps {density(masks):.2%}\n  {s['order'] or 'map'}, source:target: {more['map']}\n"
+                + aligned(rows) + (f"\n  fresh and dense, for {s['classes']} classes: {', '.join(fresh)}" if fresh else ""))
     return theta, masks, (f"  ticket {path}: round {ticket['round']} of a {made['model']} on {made['dataset']}, "
-                          f"{100 * ticket['density']:.2f}% kept, verdict {metrics.get('verdict', '-')}; {what}")
+                          f"{100 * ticket['density']:.2f}% kept, verdict {metrics.get('verdict', '-')}; {what}"), more
 
 
 def train_ticket(job):
     """ticket: train a saved ticket from its rewind step. transfer: the part of a ticket that fits another model,
-    from step 0."""
-    s = job.settings
+    from step 0. elastic: the ticket of a ResNet of another depth, from its rewind step."""
+    s, fit = job.settings, fitter(job)
     print_header(job)
-    theta, masks, what = open_ticket(s, job.nets)
+    theta, masks, what, more = open_ticket(s, job.nets)
     print(what)
-    estimate(job, 3 if s["controls"] else 1)
-    return train_masked(job, fitter(job), theta, masks, s["rewind_step"] or 0)
+    elastic = s["method"] == "elastic"
+    estimate(job, 3 + elastic if s["controls"] else 1)
+    summary = train_masked(job, fit, theta, masks, s["rewind_step"] or 0, controls=[train_magnitude] * elastic, **more)
+    if more.get("source_value") is not None:
+        print(f"{more['source']}'s ticket, {more['source_density']:.2%} kept: {more['source_value']:.4f}; "
+              f"{s['model']} by its map, {density(masks):.2%} kept: {summary['value']:.4f}")
+    return summary
 
 
-def train_masked(job, fit, theta, masks, start, before=(), seconds=0.0, **more):
-    """Train theta x mask from step `start`; with --controls the same mask on other weights, and shuffled, too.
-    before: history of the dense training up to `start`; seconds: what went before took. more: as of `finish`"""
+def train_magnitude(job, fit, share):
+    """elastic's third control, {"magnitude": result}: the target's own dense network, trained to the rewind step, pruned once by
+    magnitude to the same share, and trained on."""
+    nets, k = fresh_networks(job.settings), job.settings["rewind_step"]
+    if k:
+        fit("before", nets, {}, 0, lambda step, out: step == k)
+    masks = prune_masks(best_stays(score_magnitude(nets)), share)
+    return {"magnitude": fit("magnitude", nets, masks, k)}
+
+
+def train_masked(job, fit, theta, masks, start, before=(), seconds=0.0, controls=(), **more):
+    """Train theta x mask from step `start`; with --controls the same mask on other weights, and shuffled, too, and `controls`,
+    functions (job, fit, density). before: history of the dense training up to `start`; seconds: what went before took.
+    more: as of `finish`"""
     s = job.settings
     rewind_(job.nets, theta, masks)
     done = fit(s["method"], job.nets, masks, start)
     if s["controls"]:
-        controls = train_controls(s["method"], functools.partial(fresh_networks, s), fit, theta, masks, start, 1, s["seed"])
+        results = train_controls(s["method"], functools.partial(fresh_networks, s), fit, theta, masks, start, 1, s["seed"])
+        for control in controls:
+            results |= control(job, fit, density(masks))
         more["rounds"] = [{"round": 0, "density": density(masks), **role_densities(job.nets, masks), "dense": None,
-                           "ticket": done.metric, **{name: control.metric for name, control in controls.items()}, "verdict": "-"}]
+                           "ticket": done.metric, **{name: result.metric for name, result in results.items()}, "verdict": "-"}]
     return finish(job, done, [[*before, *done.state["history"]]], seconds=round(seconds + done.done.seconds, 1), **more)
 
 
@@ -3063,7 +3266,8 @@ def one_shot_masks(job):
 
     def draw(k):                                              # a stream of its own; neither mirrored nor cropped
         index = balanced_index(labels, B, rng(s["seed"], k, "score"))
-        return job.images[index.to(job.images.device)].to(device).float() / 127.5 - 1, labels[index].to(device)
+        images = job.images.take(index) if isinstance(job.images, ImageStream) else job.images[index.to(job.images.device)]
+        return images.to(device).float() / 127.5 - 1, labels[index].to(device)
 
     def noise(k, role, count=1):
         return latents(count * B, s["z"], s["seed"], k, f"score {role}", device=device)
@@ -3157,8 +3361,8 @@ def train_earlybird(job):
                   step_s_before=before.done.step_s, value_before=values, value_slimmed=slimmed.get("metric"))
 
 
-METHODS = {**dict.fromkeys(("dense", "static", "sdst", "ddst"), train_once), "imp": train_imp, "ticket": train_ticket,
-           "transfer": train_ticket, **dict.fromkeys(SCORED, train_scored),
+METHODS = {**dict.fromkeys(("dense", "static", "sdst", "ddst"), train_once), "imp": train_imp,
+           **dict.fromkeys(("ticket", "transfer", "elastic"), train_ticket), **dict.fromkeys(SCORED, train_scored),
            "earlybird": train_earlybird}
 
 
@@ -3188,7 +3392,7 @@ def step_function(s, images, labels, nets, optimizers, masks):
 
     def classifier(step):
         for group in optimizers["net"].param_groups:
-            group["lr"] = s["lr"] * lr_factor(step, s["steps"])
+            group["lr"] = s["lr"] * lr_factor(step, s["steps"], s["drops"], s["warmup"])
         truth = labels[batch_index(len(images), step * B, B, s["seed"])].to(s["device"])
         return classifier_step(nets["net"], optimizers["net"], draw_real(step * B), truth, split["net"], s["amp"])
 
@@ -3366,9 +3570,9 @@ def round_table(runs):
     and a ticket matches within one sd of dense, and wins by more than its own and the random ticket's sd together."""
     shares = [key for key in runs[0]["rounds"][0] if key.startswith("density_")]
     lines = [["round", "sparsity", *(f"{key.removeprefix('density_')} kept" for key in shares), "dense",
-              "ticket", "random ticket", "shuffled mask", "verdict"]]
+              "ticket", "random ticket", "shuffled mask", "one-shot", "verdict"]]
     for rows in zip(*(run["rounds"] for run in runs)):
-        values = {key: [row[key] for row in rows if row.get(key) is not None] for key in ("dense", "ticket", "random", "shuffled")}
+        values = {key: [row[key] for row in rows if row.get(key) is not None] for key in ("dense", "ticket", "random", "shuffled", "magnitude")}
         mean, sd = ({key: f(part) if part else None for key, part in values.items()} for f in (np.mean, np.std))
         word = rows[0]["verdict"] if len(rows) == 1 else verdict(
             mean["dense"], mean["ticket"], mean["random"], runs[0]["metric"] == "accuracy", sd["dense"], (sd["ticket"] or 0) + (sd["random"] or 0))
@@ -3379,7 +3583,7 @@ def round_table(runs):
 
 COLUMNS = {"method": ("method", ""), "model": ("model", ""), "dataset": ("dataset", ""), "steps": ("steps", "{:,.0f}"), "density": ("kept", "{:.1%}"),
            "density_G": ("G kept", "{:.1%}"), "density_D": ("D kept", "{:.1%}"), "metric": ("metric", ""), "value": ("value", "{:.4f}"),
-           "untrained": ("untrained", "{:.4f}"), "floor": ("real v. real", "{:.4f}"), "kid": ("KID", "{:.4f}"), "error": ("error", "{:.4f}"),
+           "source_value": ("source ticket", "{:.4f}"), "untrained": ("untrained", "{:.4f}"), "floor": ("real v. real", "{:.4f}"), "kid": ("KID", "{:.4f}"), "error": ("error", "{:.4f}"),
            "balance_ratio": ("BR", "{:.2f}"), "kept": ("weights", "{:,.0f}"), "macs_relative": ("MACs", "{:.1%}"),
            "training_macs_relative": ("train MACs", "{:.1%}"), "seconds": ("seconds", "{:,.0f}")}
 
