@@ -273,17 +273,12 @@ class ImageStream:
     """
 
     def __init__(self, folder, size, workers=0):
-        vision = import_torchvision()
-        crops = vision.transforms
         try:
-            self.files = vision.datasets.ImageFolder(folder)
+            self.files = import_torchvision().datasets.ImageFolder(folder).samples           # [(path, label), ...]
         except OSError as error:                              # no folder, no class in it, or a class without an image
             raise ValueError(f"{folder} must hold a folder of images per class ({first_line(error)})") from None
-        self.labels = torch.tensor(self.files.targets)
-        self.centre = crops.Compose([crops.Resize(round(size * 256 / 224)), crops.CenterCrop(size), crops.PILToTensor()])
-        self.random = crops.Compose([crops.RandomResizedCrop(size, (0.1, 1), (0.8, 1.25)), crops.RandomHorizontalFlip(),
-                                     crops.PILToTensor()])
-        self.workers, self.size, self.next, self.batches = workers, size, None, None
+        self.labels = torch.tensor([label for _, label in self.files])
+        self.size, self.workers, self.next, self.batches = size, workers, None, None
 
     def __len__(self):
         return len(self.labels)
@@ -295,17 +290,19 @@ class ImageStream:
         """uint8 (3, size, size): the centre of image `item`, or for (seed, epoch, index) a random part; a line of text instead of
         a file that cannot be read (an exception would come out of a worker as a page of text)."""
         from PIL import Image
-        path, _ = self.files.samples[item[-1] if isinstance(item, tuple) else item]
+        path, _ = self.files[item[-1] if isinstance(item, tuple) else item]
         try:
-            image = self.files.loader(path)
+            with Image.open(path) as file:
+                image = file.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return f"cannot read {path} ({first_line(error)}); repair the file"
+        centre, part = crops(self.size)
         if not isinstance(item, tuple):
-            return self.centre(image)
+            return centre(image)
         seed, epoch, index = item
         with torch.random.fork_rng(devices=[]):               # torchvision's transforms draw from the global generator
             torch.default_generator.manual_seed(rng(seed, epoch, "augment", index).initial_seed())
-            return self.random(image)
+            return part(image)
 
     def load(self, lists):
         """uint8 (n, 3, size, size) for each list of n items in an iterable, in that order; workers decode ahead."""
@@ -337,6 +334,14 @@ class ImageStream:
             index = batch_index(len(self), position, size, seed).tolist()
             yield [(seed, (position + k) // len(self), i) for k, i in enumerate(index)]
             position += size
+
+
+@functools.lru_cache(maxsize=1)      # not in the stream: where workers are not forked it is sent to them, and torchvision's import with it
+def crops(size):
+    """(centre, random part) of a PIL image, each -> uint8 (3, size, size)."""
+    t = import_torchvision().transforms
+    return (t.Compose([t.Resize(round(size * 256 / 224)), t.CenterCrop(size), t.PILToTensor()]),
+            t.Compose([t.RandomResizedCrop(size, (0.1, 1), (0.8, 1.25)), t.RandomHorizontalFlip(), t.PILToTensor()]))
 
 
 def stack_images(images):
@@ -2264,7 +2269,7 @@ def elastic_ticket(theta, masks, target, maps):
     theta, masks = remap_blocks(theta, maps), remap_blocks(masks, maps)
     for name in [*target, *theta]:
         there, here = (tuple(part[name].shape) if name in part else "nothing" for part in (theta, target))
-        if there != here and name.split(".")[-2:-1] != ["fc"]:
+        if there != here and ("nothing" in (there, here) or name.split(".")[-2:-1] != ["fc"]):
             raise ValueError(f"the ticket does not fit: {name} has {there} in it and {here} in the target")
     fresh = [name for name in target if theta[name].shape != target[name].shape]
     theta |= {name: target[name].clone() for name in fresh}
@@ -2942,13 +2947,15 @@ def locked(folder):
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
+    held = [handle]             # workers that decode images are forked and live some seconds longer than a killed process:
+    os.register_at_fork(after_in_child=lambda: held and os.close(held.pop()))         # they let go of the lock at once
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
         raise ValueError(f"--out {folder} is in use by another process; wait for it or name another") from None
     finally:
-        os.close(handle)
+        os.close(held.pop())
 
 
 def load_job(s, nets, masks):

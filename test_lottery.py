@@ -73,7 +73,7 @@ def test_contents_of_the_docstring_are_the_banners_in_order():
     text = (HERE / "lottery.py").read_text()
     banners = re.findall(r"^# (\d+\. [A-Z ]+):", text, re.M)
     contents = re.findall(r"\d+\. [A-Z]+(?: [A-Z]+)*", L.__doc__.split("Contents")[1].split("(search")[0])
-    assert contents == banners and len(banners) == 11
+    assert contents == banners and len(banners) == 12
     ours = re.findall(r"^# (\d+\. [A-Z ]+)$", (HERE / "test_lottery.py").read_text(), re.M)
     assert ours == banners
 
@@ -212,6 +212,64 @@ def test_mnist_files_are_read_as_torchvision_lays_them_out_and_padded_with_black
     assert np.array_equal(images[:, 0, 2:-2, 2:-2].numpy(), digits) and int(images[:, :, :2].sum()) == 0
 
 
+def imagenet_like(folder, each=(8, 3), classes=("cat", "dog", "eel"), size=24):
+    """train/ and val/ with `each` many JPEGs per class, a class in its own colour."""
+    from PIL import Image
+    for part, count in zip(("train", "val"), each):
+        for label, name in enumerate(classes):
+            (folder / part / name).mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                noise = torch.randint(60, (size, size + 6, 3), generator=L.rng(label, i, part)).numpy().astype("uint8")
+                noise[..., label % 3] += 150
+                Image.fromarray(noise).save(folder / part / name / f"{i}.jpg", quality=95)
+    return folder
+
+
+def test_streamed_images_are_a_function_of_seed_epoch_and_index_whatever_the_workers(tmp_path):
+    from PIL import Image
+    transforms = L.import_torchvision().transforms
+    folder, state = imagenet_like(tmp_path), torch.random.get_rng_state()
+    plain, ahead = (L.ImageStream(folder / "train", 16, workers) for workers in (0, 2))
+    assert len(plain) == 24 and plain.labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    drawn = [plain.batch(5 * k, 5, seed=1) for k in range(10)]                       # two epochs, and batches across their border
+    assert all(torch.equal(a, ahead.batch(5 * k, 5, seed=1)) for k, a in enumerate(drawn))
+    for k in (7, 2, 9):                                       # begun anywhere, as a run is that goes on
+        assert torch.equal(L.ImageStream(folder / "train", 16, 0).batch(5 * k, 5, seed=1), drawn[k]) and torch.equal(plain.batch(5 * k, 5, seed=1), drawn[k])
+    index, images = L.batch_index(24, 0, 50, 1), torch.cat(drawn)
+    for place in (0, 3, 23, 24, 49):                          # one by one, by torchvision's own transforms under that image's seed
+        path, label = plain.files[int(index[place])]
+        assert label == plain.labels[index[place]]
+        with torch.random.fork_rng():
+            torch.manual_seed(L.rng(1, place // 24, "augment", int(index[place])).initial_seed())
+            own = transforms.Compose([transforms.RandomResizedCrop(16, (0.1, 1), (0.8, 1.25)), transforms.RandomHorizontalFlip()])(Image.open(path))
+        assert torch.equal(images[place], torch.from_numpy(np.array(own)).permute(2, 0, 1))
+    same_image = [place for place in range(50) if index[place] == index[0]]
+    assert len(same_image) >= 2 and not torch.equal(images[same_image[0]], images[same_image[1]])       # another part in another epoch
+    assert not torch.equal(plain.batch(0, 5, seed=2), drawn[0])
+    real = L.batch(plain, 5, 5, seed=1)
+    assert real.dtype == torch.float32 and torch.equal(L.to_uint8(real), drawn[1])
+    whole = torch.cat(list(ahead.split(7)))                   # in the order of the labels, the last part smaller
+    for i in (0, 9, 23):
+        own = transforms.CenterCrop(16)(transforms.Resize(18)(Image.open(plain.files[i][0])))
+        assert torch.equal(whole[i], torch.from_numpy(np.array(own)).permute(2, 0, 1))
+    assert torch.equal(plain.take(torch.tensor([9, 0])), whole[[9, 0]])
+    net = L.build("resnet14", 16, width=0.1, classes=3)["net"].eval()
+    assert L.accuracy(net, ahead, ahead.labels, 7) == L.accuracy(net, whole, ahead.labels)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_cannot_be_read_is_named_when_its_turn_comes(tmp_path, workers):
+    damaged = imagenet_like(tmp_path) / "train" / "dog" / "3.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    stream = L.ImageStream(tmp_path / "train", 16, workers)
+    with pytest.raises(ValueError, match=r"^cannot read .*dog/3.jpg"):
+        for k in range(6):
+            stream.batch(4 * k, 4, seed=0)
+    with pytest.raises(ValueError, match="cannot read"):
+        list(stream.split(5))
+
+
 # ==================================================================================================
 # 2. MODELS
 
@@ -251,6 +309,21 @@ def test_cifar_resnets_have_the_published_number_of_parameters(depth, all_parame
     assert net.blocks[len(net.blocks) // 3].shortcut[0].stride == (2, 2) and len(net.blocks[0].shortcut) == 0
     gammas = torch.cat([m.weight.detach() for m in net.modules() if isinstance(m, nn.BatchNorm2d)])
     assert 0 <= gammas.min() < 0.1 and 0.9 < gammas.max() <= 1 and net.conv.weight.std().item() == pytest.approx(math.sqrt(2 / 27), rel=0.2)
+
+
+@pytest.mark.parametrize("depth, all_parameters, prunable, tensors", [(18, 11_689_512, 11_678_912, 21), (26, 19_066_920, 19_051_712, 29), (34, 21_797_672, 21_779_648, 37)])
+def test_imagenets_resnets_have_the_published_number_of_parameters_and_torchvisions_names(depth, all_parameters, prunable, tensors):
+    net = L.build(f"resnet{depth}", 32, classes=1000)["net"]
+    weights = L.prunable_parameters(net)
+    assert parameters(net) == all_parameters and sum(w.numel() for w in weights.values()) == prunable and len(weights) == tensors
+    if depth != 26:
+        theirs = getattr(L.import_torchvision().models, f"resnet{depth}")()
+        theirs.load_state_dict(net.state_dict())              # strict
+    gammas = torch.cat([m.weight.detach() for m in net.modules() if isinstance(m, nn.BatchNorm2d)])
+    assert 0 <= gammas.min() < 0.1 and 0.9 < gammas.max() <= 1
+    assert L.build(f"resnet{depth}", 32, 1, classes=3)["net"].eval()(torch.zeros(2, 1, 32, 32)).shape == (2, 3)
+    with pytest.raises(ValueError, match="one width"):
+        L.build(f"resnet{depth}", 32, width=0.5)
 
 
 def test_autoencoders_have_the_papers_number_of_parameters_and_a_gans_tensors():
@@ -497,6 +570,12 @@ def test_autoencoder_losses_by_a_second_opinion():
 
 def test_the_learning_rate_of_classifiers_falls_at_a_half_and_at_three_quarters():
     assert [L.lr_factor(step, 160) for step in (0, 79, 80, 119, 120, 159)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    own, epoch = L.MODELS["resnet34"], 1252                   # ImageNet: 90 epochs of 1,252 steps
+    assert own["steps"] == 90 * epoch and own["lr"] == 0.4 and own["batch_size"] == 1024
+    factors = [L.lr_factor(step, 90 * epoch, own["drops"], own["warmup"]) for step in (0, 3129, 5 * epoch - 1, 30 * epoch - 1, 30 * epoch, 60 * epoch, 80 * epoch - 1, 80 * epoch)]
+    assert factors == pytest.approx([1 / (5 * epoch), 0.5, 1, 1, 0.1, 0.01, 0.01, 0.001])
+    assert settings(model="resnet18", method="dense", width=1.0, batch_size=64)["lr"] == pytest.approx(0.4 / 16)      # in proportion
+    assert settings(model="resnet18", method="dense", width=1.0, batch_size=64, lr=0.3)["lr"] == 0.3
     s = settings(model="resnet14", method="dense", steps=8)
     nets = L.fresh_networks(s)
     optimizers, (images, labels) = L.make_optimizers(nets, s), L.shapes(30)
@@ -1153,7 +1232,7 @@ def test_verdicts_by_hand_and_the_round_that_is_chosen():
 
 
 def a_ticket(path, model="vae", width=0.05, share=0.4, **more):
-    nets = L.build(model, 32, 3, width)
+    nets = L.build(model, 32, 3, width, classes=3)
     masks = one_mask_each(nets, share)
     s = {**settings(model=model, method="imp", width=width, rewind_step=2, steps=5), **more}
     L.save_ticket(path, nets.state_dict(), masks, L.identity(s), 3, {"verdict": "wins"})
@@ -1783,7 +1862,148 @@ def test_the_average_has_only_kept_weights_right_after_a_mask_moved():
 
 
 # ==================================================================================================
-# 10. METRICS
+# 10. ELASTIC TICKETS
+
+MAPS = {     # (source depth, target depth): append, interpolate; Chen et al.'s rule, the same list for the three stages
+    (14, 20): ("0 1 1", "0 1 1"), (14, 32): ("0 1 1 1 1", "0 1 1 1 1"), (14, 56): ("0 1 1 1 1 1 1 1 1", "0 1 1 1 1 1 1 1 1"),
+    (20, 32): ("0 1 2 1 2", "0 1 1 2 2"), (20, 44): ("0 1 2 1 2 1 2", "0 1 1 1 2 2 2"), (20, 56): ("0 1 2 1 2 1 2 1 2", "0 1 1 1 1 2 2 2 2"),
+    (32, 44): ("0 1 2 1 2 3 4", "0 1 1 2 2 3 4"), (32, 56): ("0 1 2 3 4 1 2 3 4", "0 1 1 2 2 3 3 4 4"),
+    (44, 56): ("0 1 2 1 2 3 4 5 6", "0 1 1 2 2 3 4 5 6"), (32, 110): ("0" + " 1 2 3 4" * 4 + " 1", "0" + " 1" * 5 + " 2" * 4 + " 3" * 4 + " 4" * 4),
+    (56, 110): ("0" + " 1 2 3 4 5 6 7 8" * 2 + " 1", "0 1 1 1 2 2 3 3 4 4 5 5 6 6 7 7 8 8"), (20, 14): ("0 1", "0 1"), (32, 14): ("0 1", "0 1"),
+    (32, 20): ("0 1 2", "0 1 3"), (56, 20): ("0 1 2", "0 1 5"), (44, 20): ("0 1 2", "0 1 4"), (44, 32): ("0 1 2 3 4", "0 1 3 5 6"),
+    (56, 32): ("0 1 2 3 4", "0 1 3 5 7"), (56, 44): ("0 1 2 3 4 5 6", "0 1 3 5 6 7 8"), (110, 56): ("0 1 2 3 4 5 6 7 8", "0 1 4 6 8 10 12 14 16"),
+    (44, 44): ("0 1 2 3 4 5 6", "0 1 2 3 4 5 6")}
+BLOCKS = {14: [2] * 3, 20: [3] * 3, 32: [5] * 3, 44: [7] * 3, 56: [9] * 3, 110: [18] * 3, 18: [2] * 4, 26: [2, 3, 4, 3], 34: [3, 4, 6, 3]}
+STRINGS = {  # (source, target, order): the official notation, for ImageNet's depths
+    (18, 26, "append"): "0:0;1:1|0:0;1:1,2|0:0;1:1,2,3|0:0;1:1,2", (18, 34, "append"): "0:0;1:1,2|0:0;1:1,2,3|0:0;1:1,2,3,4,5|0:0;1:1,2",
+    (26, 34, "append"): "0:0;1:1,2|0:0;1:1,2;2:3|0:0;1:1,3;2:2,4;3:5|0:0;1:1;2:2",
+    (26, 34, "interpolate"): "0:0;1:1,2|0:0;1:1,2;2:3|0:0;1:1,2;2:3,4;3:5|0:0;1:1;2:2",
+    (34, 26, "append"): "0:0;1:1|0:0;1:1;2:2|0:0;1:1;2:2;3:3|0:0;1:1;2:2", (34, 26, "interpolate"): "0:0;1:1|0:0;1:1;3:2|0:0;1:1;3:2;5:3|0:0;1:1;2:2",
+    (34, 18, "append"): "0:0;1:1|0:0;1:1|0:0;1:1|0:0;1:1", (26, 18, "append"): "0:0;1:1|0:0;1:1|0:0;1:1|0:0;1:1"}
+
+
+def maps_of(source, target, order):
+    return [L.block_map(a, b, order) for a, b in zip(BLOCKS[source], BLOCKS[target])]
+
+
+def a_resnet(depth, seed=0):
+    """(state dict, masks) of a narrow ResNet whose every tensor is different from every other."""
+    nets = L.build(f"resnet{depth}", width=0.1, seed=seed)["net"]
+    theta = {name: torch.randn(value.shape, generator=L.rng(seed, i, "theta")) if value.is_floating_point() else value + i
+             for i, (name, value) in enumerate(nets.state_dict().items())}
+    return theta, {name: (torch.rand(w.shape, generator=L.rng(seed, i, "mask")) < 0.2 + 0.6 * i / 120).float()
+                   for i, (name, w) in enumerate(L.prunable_parameters(nets).items())}
+
+
+def test_block_maps_are_those_of_the_rule_in_both_orders():
+    for (source, target), both in MAPS.items():
+        for order, wanted in zip(L.ORDERS, both, strict=True):
+            assert maps_of(source, target, order) == [list(map(int, wanted.split()))] * 3, (source, target, order)
+    for (source, target, order), wanted in STRINGS.items():
+        assert L.format_maps(maps_of(source, target, order)) == wanted and L.parse_maps(wanted, 4) == maps_of(source, target, order)
+    assert L.parse_maps("0:0;1:1,2;2:3,4;3:5,6;4:7,8", 3) == maps_of(32, 56, "interpolate")       # the one sample of the official code
+    assert L.parse_maps("0:0;1:1,5;2:2,6;3:3,7;4:4,8", 3) == maps_of(32, 56, "append")
+    for text, word in (("0:0;1:1;1:1", "exactly once"), ("0:0;1:2", "exactly once"), ("1:1;0:2", "exactly once"), ("0:0,2;1:1", "0:0"), ("1:0;2:1", "0:0"),
+                       ("0:0;1", "reads"), ("", "reads"), ("0:0;1:x", "reads"), ("0:0|0:0", "for 2 stages")):
+        with pytest.raises(ValueError, match=word):
+            L.parse_maps(text, 3)
+    for bad in ((1, 2), (0, 2), (3, 0)):
+        with pytest.raises(ValueError, match="no unit"):
+            L.block_map(*bad)
+    with pytest.raises(ValueError, match="cyclic"):
+        L.block_map(2, 3, "cyclic")
+    assert L.block_map(1, 1) == [0] and L.block_map(4, 1) == [0]
+
+
+@pytest.mark.parametrize("order", L.ORDERS)
+@pytest.mark.parametrize("source, target", [(a, b) for a in (14, 20, 32, 44, 56, 110) for b in (14, 20, 32, 44, 56, 110) if a <= b])
+def test_a_stretched_ticket_is_made_of_copies_and_squeezing_it_back_gives_the_very_same(source, target, order):
+    maps, (theta, masks), fresh = maps_of(source, target, order), a_resnet(source), L.build(f"resnet{target}", width=0.1)["net"]
+    for tensors, shapes in ((theta, fresh.state_dict()), (masks, L.prunable_parameters(fresh))):
+        there = L.stretch(tensors, BLOCKS[target], order)
+        assert {n: v.shape for n, v in there.items()} == {n: v.shape for n, v in shapes.items()}           # every one, and no other
+        for name, value in there.items():
+            parts = name.split(".")
+            if parts[0] == "blocks":                          # by hand: flat number = stage x blocks + block
+                stage, block = divmod(int(parts[1]), BLOCKS[target][0])
+                parts[1] = str(stage * BLOCKS[source][0] + maps[stage][block])
+            assert torch.equal(value, tensors[".".join(parts)]) and value.dtype == tensors[".".join(parts)].dtype, name
+        assert len({v.data_ptr() for v in [*there.values(), *tensors.values()]}) == len(there) + len(tensors)
+        back = L.remap_blocks(there, L.inverse_maps(maps))
+        assert same(back, tensors) and same(L.squeeze(there, BLOCKS[source], order), back) == (order == "interpolate" or L.inverse_maps(maps) == maps_of(target, source, order))
+        assert same(L.squeeze(there, BLOCKS[source], order), L.remap_blocks(there, maps_of(target, source, order)))
+    fresh.load_state_dict(L.stretch(theta, BLOCKS[target], order))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module.", "net."])
+def test_torchvisions_state_dicts_stretch_whatever_stands_in_front_of_the_names(prefix):
+    models = L.import_torchvision().models
+    theta = {f"{prefix}{name}": value for name, value in models.resnet18().state_dict().items()}
+    there = L.stretch(theta, [3, 4, 6, 3])
+    assert {n: v.shape for n, v in there.items()} == {f"{prefix}{n}": v.shape for n, v in models.resnet34().state_dict().items()}
+    assert torch.equal(there[f"{prefix}layer3.5.conv2.weight"], theta[f"{prefix}layer3.1.conv2.weight"])
+    assert torch.equal(there[f"{prefix}layer3.0.downsample.1.running_var"], theta[f"{prefix}layer3.0.downsample.1.running_var"])
+    assert same(L.squeeze(there, [2, 2, 2, 2], "interpolate"), theta)
+
+
+def uneven(lengths):
+    """State dict of basic blocks in one list, three stages of these lengths."""
+    return nn.ModuleDict({"blocks": nn.ModuleList(L.BasicBlock(2, 2, 2 if stage and not i else 1) for stage, n in enumerate(lengths) for i in range(n))}).state_dict()
+
+
+def test_other_blocks_and_stages_that_the_names_do_not_tell_apart_are_refused():
+    theta, masks = a_resnet(20)
+    models = L.import_torchvision().models
+    for bad, word in ((models.resnet50().state_dict(), "layer1.0.conv3.weight is in no basic"), (L.build("sngan", width=.03).state_dict(), "norm1.weight is in no basic"),
+                      (L.build("dcgan", width=.03).state_dict(), "not the tensors of one ResNet"), ({}, "not the tensors"),
+                      (uneven([1, 2, 3]), "not the tensors"), (uneven([2, 3, 4]), "not the tensors"), (uneven([2, 2]), "not the tensors"),
+                      ({**theta, **{f"x.{n}": v for n, v in theta.items()}}, "not the tensors"), ({**theta, **models.resnet18().state_dict()}, "not the tensors"),
+                      ({n: v for n, v in theta.items() if not n.startswith("blocks.4.")}, "not the tensors"),
+                      ({n: v for n, v in theta.items() if n != "blocks.4.bn2.bias"}, "not the tensors")):
+        with pytest.raises(ValueError, match=word):
+            L.residual_blocks(bad)
+    assert L.residual_blocks(uneven([2, 2, 2]))[0] == [2, 2, 2]
+    with pytest.raises(ValueError, match="squeeze makes fewer"):
+        L.stretch(theta, [2, 2, 2])
+    with pytest.raises(ValueError, match="stretch makes more"):
+        L.squeeze(theta, [3, 4, 3])
+    with pytest.raises(ValueError, match="do not stretch"):
+        L.stretch(theta, [5, 5, 5, 5])
+    for maps in ([[0, 1, 3]] * 3, [[0, 0, 1]] * 3, [[1, 0]] * 3, [[0, 1]] * 2):
+        with pytest.raises(ValueError, match="does not fit stages of 3, 3, 3"):
+            L.remap_blocks(theta, maps)
+
+
+def test_densities_per_stage_are_counts_by_hand_and_the_units_keep_theirs_under_a_whole_factor():
+    theta, masks = a_resnet(20)
+    there = L.stretch(masks, BLOCKS[32])                      # 2 units become 4
+    for tensors, count in ((masks, 3), (there, 5)):
+        for stage, (blocks, first, units) in enumerate(L.stage_densities(tensors)):
+            numbers = [[m for n, m in tensors.items() if n.startswith(f"blocks.{stage * count + block}.")] for block in range(count)]
+            assert blocks == count and first == pytest.approx(float(sum(m.sum() for m in numbers[0]) / sum(m.numel() for m in numbers[0])))
+            rest = [m for number in numbers[1:] for m in number]
+            assert units == pytest.approx(float(sum(m.sum() for m in rest)) / sum(m.numel() for m in rest))
+    assert [u for *_, u in L.stage_densities(there)] == pytest.approx([u for *_, u in L.stage_densities(masks)], abs=1e-12)
+    assert [u for *_, u in L.stage_densities(L.squeeze(masks, [2] * 3))] != pytest.approx([u for *_, u in L.stage_densities(masks)], abs=1e-3)
+    assert abs(L.density(there) - L.density(masks)) > 1e-3    # stem, head and first blocks weigh less in a deeper network
+
+
+def test_a_head_for_another_number_of_classes_is_fresh_and_dense_and_nothing_else_may_differ():
+    theta, masks = a_resnet(14)
+    target = L.build("resnet20", width=0.1, classes=7, seed=5)["net"].state_dict()
+    new, new_masks, fresh = L.elastic_ticket(theta, masks, target, maps_of(14, 20, "append"))
+    assert fresh == ["fc.weight", "fc.bias"] and all(torch.equal(new[n], target[n]) and new[n].data_ptr() != target[n].data_ptr() for n in fresh)
+    assert bool((new_masks["fc.weight"] == 1).all()) and new_masks["fc.weight"].shape == target["fc.weight"].shape and "fc.bias" not in new_masks
+    assert same({n: v for n, v in new.items() if n not in fresh}, {n: v for n, v in L.stretch(theta, [3] * 3).items() if n not in fresh})
+    assert L.elastic_ticket(theta, masks, L.build("resnet20", width=0.1)["net"].state_dict(), maps_of(14, 20, "append"))[2] == []
+    for other in (L.build("resnet20", width=0.2)["net"].state_dict(), L.build("resnet20", channels=1, width=0.1)["net"].state_dict(),
+                  {n: v for n, v in target.items() if n != "fc.bias"}):
+        with pytest.raises(ValueError, match="conv.weight has|fc.bias has"):
+            L.elastic_ticket(theta, masks, other, maps_of(14, 20, "append"))
+
+
+# ==================================================================================================
+# 11. METRICS
 
 def test_frechet_distance_of_the_worked_example_and_its_laws():
     t = lambda rows: torch.tensor(rows, dtype=torch.float64)
@@ -1881,7 +2101,9 @@ def test_a_trained_classifiers_model_serves_as_features(empty, capsys):
     assert L.main("--model resnet14 --method dense --steps 2 --width .1 --batch-size 8 --out c".split()) == 0
     network = L.feature_network("c/model.pt")
     images = L.shapes(6)[0]
-    wanted = L.load_model("c/model.pt")[0]["net"].features(images.float() / 127.5 - 1)
+    wanted = L.load_model("c/model.pt")[0]["net"]
+    wanted.fc = nn.Identity()
+    wanted = wanted(images.float() / 127.5 - 1)
     assert torch.allclose(L.extract(images, network), wanted.double(), atol=1e-5) and network.label.startswith("resnet14.")
     assert L.extract(images[:, :1, :16, :16], network).shape == (6, 6)
     assert L.main([*TINY, "--method", "dense", "--steps", "2", "--features", "c/model.pt", "--out", "g"]) == 0
@@ -1949,7 +2171,7 @@ def test_training_macs_reproduce_the_published_totals_and_count_growth_and_ratio
 
 
 # ==================================================================================================
-# 11. COMMAND LINE
+# 12. COMMAND LINE
 
 def refused(capsys, argv, *words, code=2):
     """main(argv) ends with `code` and one line on stderr that holds `words`; nothing is written."""
@@ -2096,7 +2318,7 @@ def test_what_continues_with_other_features_sets_no_two_distances_side_by_side()
 def test_every_method_as_a_real_command_runs_refuses_continues_and_loads(empty, tmp_path, capsys, method):
     """What is refused is a real command for every method; what runs is one for ddst, and goes through main() for the others."""
     def command(*more, real=method == "ddst"):
-        argv = ["--method", method, "--steps", "3", "--batch-size", "4", "--eval-images", "640", *more]
+        argv = ["--method", method, "--steps", "3", "--batch-size", "4", *["--eval-images", "640"] * (method != "elastic"), *more]
         if real:
             return subprocess.run([sys.executable, HERE / "lottery.py", *argv], cwd=tmp_path, capture_output=True, text=True)
         capsys.readouterr()
@@ -2105,10 +2327,10 @@ def test_every_method_as_a_real_command_runs_refuses_continues_and_loads(empty, 
 
     flags = {"dense": ["--model", "dcgan"], "imp": ["--rounds", "2", "--prune-rate", "0.45", "--rewind-step", "1", "--controls"],
              "ticket": ["--ticket", "t.pt", "--controls"], "transfer": ["--ticket", "t.pt", "--model", "dcgan"],
-             "earlybird": ["--channels", "0.3"]}.get(method, ["--density", "0.3"])
+             "earlybird": ["--channels", "0.3"], "elastic": ["--ticket", "t.pt", "--model", "resnet20", "--controls", "--eval-every", "9"]}.get(method, ["--density", "0.3"])
     flags = flags + ["--model", "vae", "--rewind-step", "1"] * (method in L.SCORED)
-    if method in ("ticket", "transfer"):
-        a_ticket(tmp_path / "t.pt", "vae", 0.03, 0.3)
+    if method in ("ticket", "transfer", "elastic"):
+        a_ticket(tmp_path / "t.pt", "resnet14" if method == "elastic" else "vae", 0.1 if method == "elastic" else 0.03, 0.3)
     else:
         flags += ["--width", "0.03"]
     before = {p.name for p in tmp_path.iterdir()}
@@ -2130,10 +2352,11 @@ def test_every_method_as_a_real_command_runs_refuses_continues_and_loads(empty, 
         pool = nets["G"] if method in ("static", "sdst", "ddst") else nets
         weights = L.prunable_parameters(pool)
         share = sum(int((w != 0).sum()) for w in weights.values()) / sum(w.numel() for w in weights.values())
-        assert share == pytest.approx(0.3, abs=0.06 if method == "transfer" else 0.02)     # D's head is fresh and dense
-    names = {"config.json", "metrics.csv", "model.pt", "samples.png", "summary.json"}
+        assert share == pytest.approx(0.3, abs=0.06 if method in ("transfer", "elastic") else 0.02)     # a fresh head is dense, a copied block counts twice
+    names = {"config.json", "metrics.csv", "model.pt", "summary.json", *["samples.png"] * (method != "elastic")}
     dones = {"imp": ["dense"] + [f"round-0{k}{end}" for k in (1, 2) for end in ("", "-random", "-shuffled")],
-             "ticket": ["ticket", "ticket-random", "ticket-shuffled"], "earlybird": ["before", "slim"]}.get(method, ["before"] * (method in L.SCORED) + [method])
+             "ticket": ["ticket", "ticket-random", "ticket-shuffled"],
+             "elastic": ["elastic", "elastic-random", "elastic-shuffled", "before", "magnitude"], "earlybird": ["before", "slim"]}.get(method, ["before"] * (method in L.SCORED) + [method])
     names |= {f"done-{name}.pt" for name in dones} | ({"ticket-01.pt", "ticket-02.pt"} if method == "imp" else set())
     names |= {"reconstructions.png"} if summary["model"] == "vae" else set()
     assert {p.name for p in folder.iterdir()} - {"curve.png"} == names
@@ -2209,6 +2432,105 @@ def test_scores_that_rank_nothing_end_the_run_in_one_line(empty, capsys, monkeyp
     monkeypatch.setattr(L, "generator_loss", lambda objective, fake: 0 * fake.sum())
     assert L.main(["--method", "snip", "--model", "sngan", *TINY, "--steps", "2"]) == 2
     assert "all scores are 0" in capsys.readouterr().err
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """{name: (weights before the first step, masks, step that it starts from)} of the trainings of a command."""
+    seen, train, shapes = {}, L.train, L.shapes
+    monkeypatch.setattr(L, "shapes", lambda count, *a, **k: shapes(min(count, 200), *a, **k))
+
+    def recording(nets, *args, name, start, masks, **more):
+        masks_, weights = {n: m.clone() for n, m in masks.items()}, copied(nets)
+        seen[name] = weights, masks_, start
+        return train(nets, *args, name=name, start=start, masks=masks, **more)
+
+    monkeypatch.setattr(L, "train", recording)
+    return seen
+
+
+@pytest.mark.parametrize("model, order, blocks", [("resnet32", "append", "0 1 2 1 2"), ("resnet32", "interpolate", "0 1 1 2 2"), ("resnet14", "append", "0 1"), ("resnet32", None, "0 2 1 1 1")])
+def test_an_elastic_run_trains_the_remapped_ticket_from_its_rewind_step_beside_its_controls(empty, capsys, trainings, model, order, blocks):
+    nets, _ = a_ticket(empty / "t.pt", "resnet20", 0.1, 0.3)
+    theta, ticket = copied(nets), L.load_ticket(empty / "t.pt")
+    blocks, count = [int(b) for b in blocks.split()], len(blocks.split())
+    how = ["--order", order] if order else ["--map", "0:0;2:1;1:2,3,4"]
+    capsys.readouterr()
+    assert L.main(["--method", "elastic", "--ticket", "t.pt", "--model", model, *how, "--out", "e", "--eval-every", "9", *["--controls"] * (count == 5)]) == 0
+    said, summary = capsys.readouterr().out, json.loads((empty / "e" / "summary.json").read_text())
+    wanted, masks = (L.remap_blocks({n.removeprefix("net."): v for n, v in tensors.items()}, [blocks] * 3) for tensors in (theta, ticket["masks"]))
+    weights, used, start = trainings["elastic"]
+    assert start == 2 and same({n.removeprefix("net."): m for n, m in used.items()}, masks)
+    assert same({n.removeprefix("net."): v for n, v in weights.items()}, {n: v * masks.get(n, 1) for n, v in wanted.items()})
+    share = sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())
+    assert summary["density"] == pytest.approx(share) and f"{model} keeps {share:.2%}" in said and L.format_maps([blocks] * 3) in said
+    rows = [line.split() for line in said.splitlines() if line.startswith("  stage ")]
+    assert [row[2:] for row in rows] == [[str(a), f"{b:.2%}", f"{c:.2%}", str(d), f"{e:.2%}", f"{f:.2%}"] for (a, b, c), (d, e, f) in
+                                         zip(L.stage_densities(ticket["masks"]), L.stage_densities(masks))]
+    assert summary["source"] == "resnet20" and summary["source_density"] == ticket["density"] and summary["map"] == L.format_maps([blocks] * 3)
+    if count < 5:
+        return
+    random, shuffled, before, magnitude = (trainings[name] for name in ("elastic-random", "elastic-shuffled", "before", "magnitude"))
+    assert same(random[1], used) and random[2] == shuffled[2] == magnitude[2] == 2 and before[2] == 0 and not before[1]
+    assert not torch.equal(random[0]["net.bn.weight"], weights["net.bn.weight"])          # other initial weights
+    for name, mask in shuffled[1].items():
+        assert L.kept({name: mask}) == L.kept({name: used[name]})
+        assert torch.equal(shuffled[0][name], wanted[name.removeprefix("net.")] * mask)   # of the dense theta
+    assert not same(shuffled[1], used)
+    assert L.kept(magnitude[1]) == L.kept(used) and same(before[0], copied(L.build(model, width=0.1, classes=3)))
+    there = L.load_torch(empty / "e" / "done-before.pt")["weights"]                       # the target itself, after two dense steps
+    scores = L.best_stays({n: there[n].abs() for n in used})
+    assert same(magnitude[1], L.prune_masks(scores, share)) and same(magnitude[0], there)       # `train` masks at once
+    [row] = summary["rounds"]
+    assert {row["ticket"], row["random"], row["shuffled"], row["magnitude"]} <= {r["metric"] and float(r["metric"]) for r in csv.DictReader(open("e/metrics.csv", newline=""))  if r["metric"]}
+    assert "one-shot" in said
+
+
+def test_an_elastic_ticket_goes_to_other_data_of_the_same_shape_with_a_fresh_head(empty, capsys, monkeypatch):
+    a_ticket(empty / "t.pt", "resnet14", 0.1, 0.3, steps=6, batch_size=8)
+    colours = imagenet_like(empty / "pets", classes=("a", "b", "c", "d"))
+    argv = f"--method elastic --ticket t.pt --model resnet20 --dataset {colours} --image-size 32 --workers 0 --out e".split()
+    assert L.main(argv) == 0
+    said = capsys.readouterr().out
+    assert "fresh and dense, for 4 classes: net.fc.weight, net.fc.bias" in said
+    nets, saved = L.load_model("e/model.pt")
+    assert nets["net"].fc.out_features == 4 and bool(saved["masks"]["net.fc.weight"].all())
+    for flags, words in (("--model resnet34", ["resnet14", "resnet110", "resnet34"]), ("--model vae", ["resnet14", "vae"]), ("--width .2", ["conv.weight", "(2, 3, 3, 3)", "(3, 3, 3, 3)"]),
+                         ("--order cyclic", ["--order", "append, interpolate"]), ("--order append --map 0:0;1:1,2", ["--order", "--map"]), ("--map 0:0;1:1", ["2, 2, 2", "3, 3, 3"]),
+                         ("--map 0:0;3:1,2", ["does not fit stages of 2"]), ("--map 0-0", ["source:target"]), ("--dataset mnist", ["conv.weight", "(2, 3, 3, 3)", "(2, 1, 3, 3)"]),
+                         ("--steps 2", ["rewind step 2"])):
+        refused(capsys, f"--method elastic --ticket t.pt --model resnet20 --out x {flags}".split(), *words)
+    a_ticket(empty / "v.pt", "vae", 0.05)
+    refused(capsys, "--method elastic --ticket v.pt".split(), "of a vae", "resnet14")
+    refused(capsys, "--method elastic".split(), "--ticket")
+    refused(capsys, "--method dense --map 0:0".split(), "--map", "elastic")
+
+
+def test_imagenets_layout_is_refused_where_it_is_not_and_its_classes_are_the_folders(empty, capsys):
+    dense = "--method dense --model resnet14 --width .1 --steps 2 --batch-size 4"
+    refused(capsys, f"{dense} --dataset imagenet".split(), "data/imagenet/train", "data/imagenet/val")
+    refused(capsys, "--dataset imagenet --method dense --model dcgan".split(), "classifiers", "resnet18", "dcgan")
+    refused(capsys, f"{dense} --workers 2".split(), "--workers", "imagenet")
+    refused(capsys, f"{dense} --dataset pets --workers -1".split(), "no folder pets", "imagenet")
+    pets = imagenet_like(empty / "pets")
+    os.rename(pets / "val", pets / "away")
+    refused(capsys, f"{dense} --dataset pets".split(), "no folder pets/val")
+    os.rename(pets / "away", pets / "val")
+    refused(capsys, f"{dense} --dataset pets --workers -1".split(), "--workers", "at least 0")
+    (pets / "train" / "fox").mkdir()
+    refused(capsys, f"{dense} --dataset pets".split(), "4 class folders in train and 3 in val")
+    (pets / "val" / "fox").mkdir()
+    refused(capsys, f"{dense} --dataset pets".split(), "fox")                                # a class without an image
+    for part in ("train", "val"):
+        (pets / part / "fox").rmdir()
+    refused(capsys, f"{dense} --dataset pets --batch-size 25".split(), "25", "24")
+    (empty / "data").mkdir()
+    os.rename(pets, empty / "data" / "imagenet")
+    assert L.main(f"{dense} --dataset imagenet --image-size 16 --workers 0 --out r".split()) == 0
+    assert L.load_model("r/model.pt")[0]["net"].fc.out_features == 3
+    assert L.main("--evaluate r --workers 0".split()) == 0 and "r: accuracy" in capsys.readouterr().out
+    for method in ("snip", "earlybird"):                      # what else looks at the images
+        assert L.main(f"--method {method} --model resnet14 --width .1 --steps 12 --batch-size 4 --dataset imagenet --image-size 16 --workers 0 --out {method}".split()) == 0
 
 
 @pytest.mark.parametrize("model, more", [("resnet14", ["--width", ".2"]), ("sngan", [*TINY[:2], "--n-critic", "5", "--lr", ".01"]), ("vae", ["--width", ".05", "--lr", ".01"])])
@@ -2511,6 +2833,7 @@ def main_killed(said, when, count, argv):
     shapes = L.shapes
     L.shapes = lambda count, *a, **k: shapes(min(count, 660), *a, **k)               # an epoch of few steps
     L.draw_pictures = lambda *args: None                      # pictures are not compared, and torchvision takes a second
+    multiprocessing.set_start_method("fork", force=True)      # of workers that decode: as it is in a process of the command line
     sys.exit(L.main(argv))
 
 
@@ -2574,6 +2897,26 @@ def test_an_early_bird_killed_before_at_and_after_slimming_and_started_again_is_
     a, b = (json.loads((tmp_path / out / "summary.json").read_text()) for out in ("killed", "whole"))
     assert {k: v for k, v in a.items() if "s" != k[-1:] and not k.startswith(("step_s", "seconds"))} == {
         k: v for k, v in b.items() if "s" != k[-1:] and not k.startswith(("step_s", "seconds"))}
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_streaming_with_two_workers_killed_and_started_again_is_bit_identical(tmp_path):
+    imagenet_like(tmp_path / "pets", (10, 2))
+    flags = f"--method dense --model resnet14 --width .1 --batch-size 4 --steps 20 --eval-every 9 --checkpoint-s 0 --image-size 16 --dataset {tmp_path / 'pets'}".split()
+
+    def start(out, when="never", count=0, workers="2"):
+        return run_killed(tmp_path, [*flags, "--workers", workers, "--out", str(tmp_path / out)], when, count)
+
+    for when, count in (("step", 7), ("during", 5), ("step", 11)):                           # an epoch has 7.5 steps; 2 steps estimate
+        code, said = start("killed", when, count)
+        assert code == -signal.SIGKILL, said
+    code, said = start("killed")
+    assert code == 0 and "continuing from step" in said, said
+    assert start("whole")[0] == start("alone", workers="0")[0] == 0
+    a, b, c = (L.load_torch(tmp_path / out / "done-dense.pt") for out in ("killed", "whole", "alone"))
+    assert same(a["weights"], b["weights"]) and same(a["weights"], c["weights"])
+    losses = [[(row["step"], row["loss_net"], row["metric"]) for row in csv.DictReader(open(tmp_path / out / "metrics.csv", newline=""))] for out in ("killed", "whole")]
+    assert losses[0] == losses[1] and len(losses[0]) == 21
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
