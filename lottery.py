@@ -2219,8 +2219,7 @@ def residual_blocks(names):
         return (sorted(stage) == list(range(len(stage))) and all(unit == units[0] for unit in units)
                 and not any("shortcut." in rest or "downsample." in rest for unit in units for rest in unit))
 
-    if (not stages or sorted(stages) != list(range(len(stages))) or not all(map(regular, stages.values()))
-            or flat and {len(stage) for stage in stages.values()} != {each} or flat and len(stages) != 3
+    if (not stages or sorted(stages) != list(range(len(stages))) or not all(map(regular, stages.values())) or flat and len(stages) != 3
             or len({match["before"] for *_, match in places.values()}) > 1):
         raise ValueError("these are not the tensors of one ResNet with stages of basic blocks: blocks.I.conv1... in three equal stages "
                          "(CIFAR), or layerS.I.conv1... (torchvision)")
@@ -2668,7 +2667,7 @@ def parse(argv):
     add = parser.add_argument_group("tickets").add_argument
     add("--rounds", type=int, help=f"imp: rounds of pruning (default {PAPER_ROUNDS}; one round is one-shot pruning)")
     add("--prune-rate", type=float, help="imp: share of the survivors pruned per round (default 0.2)")
-    add("--rewind-step", type=int, help="imp: survivors go back to this step (default 1,000 classifiers, 100 linear_ae, 10 else; at most steps/10); magnitude, snip, grasp: prune there (default 0)")
+    add("--rewind-step", type=int, help="imp: survivors go back to this step (default 1,000 classifiers, resnet18 to 34 steps/18, 100 linear_ae, 10 else; at most steps/10); magnitude, snip, grasp: prune there (default 0)")
     add("--score-batches", type=int, help="snip, grasp: batches that the scores are summed over (default 4)")
     add("--scope", help="imp, earlybird: one pool of weights or channels for all (global, default), per network or per layer")
     add("--prune", nargs="+", metavar="ROLE", help="imp: networks that are pruned; transfer: that receive: G, D, encoder, decoder (default all)")
@@ -2744,7 +2743,8 @@ def resolve(given):
         s["crop"] = 4
     if model in STAGES and "lr" not in given and "lr" not in ticket:
         s["lr"] *= s["batch_size"] / IMAGENET["batch_size"]                # in proportion: Goyal et al. 2017
-    s.setdefault("rewind_step", 0 if method in SCORED else min(1000 if kind == "classifier" else 100 if model == "linear_ae" else 10, s["steps"] // 10))
+    usual = round(s["warmup"] * s["steps"]) or 1000 if kind == "classifier" else 100 if model == "linear_ae" else 10
+    s.setdefault("rewind_step", 0 if method in SCORED else min(usual, s["steps"] // 10))
     if method in ("imp", "ticket", "elastic", *SCORED) and not 0 <= s["rewind_step"] < s["steps"]:
         raise ValueError(f"the rewind step {s['rewind_step']} is not before the last of {s['steps']} steps; "
                          f"pass a smaller --rewind-step or more --steps")

@@ -576,6 +576,8 @@ def test_the_learning_rate_of_classifiers_falls_at_a_half_and_at_three_quarters(
     assert factors == pytest.approx([1 / (5 * epoch), 0.5, 1, 1, 0.1, 0.01, 0.01, 0.001])
     assert settings(model="resnet18", method="dense", width=1.0, batch_size=64)["lr"] == pytest.approx(0.4 / 16)      # in proportion
     assert settings(model="resnet18", method="dense", width=1.0, batch_size=64, lr=0.3)["lr"] == 0.3
+    assert settings(model="resnet18", method="imp", width=1.0, steps=90 * epoch)["rewind_step"] == 5 * epoch      # Chen et al.'s k
+    assert settings(model="resnet20", method="imp", steps=62_560)["rewind_step"] == 1000
     s = settings(model="resnet14", method="dense", steps=8)
     nets = L.fresh_networks(s)
     optimizers, (images, labels) = L.make_optimizers(nets, s), L.shapes(30)
@@ -1959,7 +1961,8 @@ def test_other_blocks_and_stages_that_the_names_do_not_tell_apart_are_refused():
                       (uneven([1, 2, 3]), "not the tensors"), (uneven([2, 3, 4]), "not the tensors"), (uneven([2, 2]), "not the tensors"),
                       ({**theta, **{f"x.{n}": v for n, v in theta.items()}}, "not the tensors"), ({**theta, **models.resnet18().state_dict()}, "not the tensors"),
                       ({n: v for n, v in theta.items() if not n.startswith("blocks.4.")}, "not the tensors"),
-                      ({n: v for n, v in theta.items() if n != "blocks.4.bn2.bias"}, "not the tensors")):
+                      ({n: v for n, v in theta.items() if n != "blocks.4.bn2.bias"}, "not the tensors"),
+                      ({n.replace("layer2.1.", "layer2.2."): v for n, v in models.resnet18().state_dict().items()}, "not the tensors")):
         with pytest.raises(ValueError, match=word):
             L.residual_blocks(bad)
     assert L.residual_blocks(uneven([2, 2, 2]))[0] == [2, 2, 2]
@@ -2975,6 +2978,7 @@ def test_the_curve_has_a_line_for_the_ticket_and_for_each_control(tmp_path, monk
 
 def test_the_commands_and_the_snippet_of_readme_are_real(empty, capsys):
     text = (HERE / "README.md").read_text()
+    imagenet_like(empty / "path" / "to" / "pets")
     for line in re.findall(r"^(?:\$ )?python lottery\.py(.*)$", text, re.M):
         argv = line.split("#")[0].split()
         given = L.parse(argv)                                 # every flag exists
@@ -2995,7 +2999,7 @@ def test_the_commands_and_the_snippet_of_readme_are_real(empty, capsys):
             assert {scope["rename"](name) for name in theirs} == set(L.build("resnet20")["net"].state_dict())
         answers, printed = re.findall(r"# -> (.*)", snippet), capsys.readouterr().out.splitlines()
         assert answers and [line for line in printed if line in answers] == answers, printed
-    assert len(snippets) == 7
+    assert len(snippets) == 8
 
 
 # `make bench` ---------------------------------------------------------------------------------------
