@@ -48,9 +48,8 @@ import torch.nn.functional as F
 from torch import nn
 
 # ==================================================================================================
-# 1. DATA: every image set becomes one uint8 tensor (N, C, H, W) in memory; only ImageNet, which does not
-#    fit, is a stream of the same kind. A batch is a function of (seed, position), so there is no loader's
-#    state to save.
+# 1. DATA: every image set becomes one uint8 tensor (N, C, H, W) in memory; only a classifier's folders, which
+#    may be ImageNet, are a stream. A batch is a function of (seed, position), so no loader's state is saved.
 
 DATASETS = {                  # native size, channels, may be mirrored (a mirrored 7 is not a 7), classes (0: no labels)
     "shapes":        dict(image_size=32, channels=3, flip=False, classes=3),
@@ -207,7 +206,7 @@ def resize(images, size):
 def load_images(name, root="data", size=None, train=True, at_least=1, labelled=False):
     """uint8 images (N, C, size, size) and int64 labels (N,) of the training or the held-out part.
 
-    name      one of DATASETS, or the path of a folder of images (labels are then all 0)
+    name      one of DATASETS but imagenet, which is an ImageStream, or the path of a folder of images (labels are then all 0)
     root      where the sets lie, in torchvision's folder layout; sets that torchvision can fetch are fetched
     labelled  of STL-10 take the 5,000 images with labels, not the 100,000 without
     CelebA and plain folders have no test part here: the last 10 % of a seeded permutation are held out.
@@ -216,6 +215,8 @@ def load_images(name, root="data", size=None, train=True, at_least=1, labelled=F
     size = size or DATASETS.get(name, DATASETS["folder"])["image_size"]
     if name == "shapes":
         return shapes(10_000, size, seed=0) if train else shapes(2_000, size, seed=1)
+    if name == "imagenet":
+        raise ValueError("imagenet is not held in memory; ImageStream reads its train/ and its val/")
     if name in DATASETS and name not in ("celeba", "folder"):
         return load_torchvision_set(name, Path(root), size, train, labelled)
     folder = Path(root) / "celeba" / "img_align_celeba" if name == "celeba" else Path(name)
@@ -267,10 +268,12 @@ class ImageStream:
 
     folder   train/ or val/ of ImageNet's layout, a folder per class, as torchvision's ImageFolder reads it
     workers  processes that decode; 0: this one. They change no number
-    To be measured: resized to 256/224 of `size`, of which the centre. To train on: a random part (area .1 to 1 of the image,
+    To be measured: the shorter side resized to 256/224 of `size`, and the centre cut out. To train on: a random part (area .1 to 1 of the image,
     ratio .8 to 1.25, resized) and mirrored at random, a function of (seed, epoch, index). Chen et al. 2021.
     ValueError for a folder that is no such thing, and for a file that cannot be read when its turn comes.
     """
+
+    CHUNK = 64         # images that a worker decodes at a time: a batch of 1,024 by one of them would be late, and 2.5 GB ahead of time
 
     def __init__(self, folder, size, workers=0):
         try:
@@ -278,13 +281,13 @@ class ImageStream:
         except OSError as error:                              # no folder, no class in it, or a class without an image
             raise ValueError(f"{folder} must hold a folder of images per class ({first_line(error)})") from None
         self.labels = torch.tensor([label for _, label in self.files])
-        self.size, self.workers, self.next, self.batches = size, workers, None, None
+        self.size, self.workers, self.next, self.parts = size, workers, None, None
 
     def __len__(self):
         return len(self.labels)
 
     def __getstate__(self):                                   # what a worker gets: not the other workers
-        return {**self.__dict__, "next": None, "batches": None}
+        return {**self.__dict__, "next": None, "parts": None}
 
     def __getitem__(self, item):
         """uint8 (3, size, size): the centre of image `item`, or for (seed, epoch, index) a random part; a line of text instead of
@@ -295,7 +298,7 @@ class ImageStream:
             with Image.open(path) as file:
                 image = file.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return f"cannot read {path} ({first_line(error)}); repair the file"
+            return f"cannot read {path} ({first_line(error)}); repair it, and the same command goes on"
         centre, part = crops(self.size)
         if not isinstance(item, tuple):
             return centre(image)
@@ -315,7 +318,7 @@ class ImageStream:
 
     def take(self, index):
         """The centres of the images at `index`, int64 (n,)."""
-        return next(self.load([index.tolist()]))
+        return torch.cat(list(self.load([part.tolist() for part in index.split(self.CHUNK)])))
 
     def split(self, size):
         """All centres in order, `size` at a time, as a tensor's split has them."""
@@ -324,15 +327,16 @@ class ImageStream:
     def batch(self, position, size, seed):
         """Random parts of the images at batch_index(len, position, size, seed); quick when batches are asked for in turn."""
         if self.next != (position, size, seed):
-            self.batches = self.load(self.items(position, size, seed))
+            self.parts = self.load(self.items(position, size, seed))
         self.next = (position + size, size, seed)
-        return next(self.batches)
+        return torch.cat([next(self.parts) for _ in range(0, size, self.CHUNK)])
 
     def items(self, position, size, seed):
-        """Without end, the lists of (seed, epoch, index) of the batches from `position` on."""
+        """Without end, (seed, epoch, index) of the images of the batches from `position` on, in lists of at most CHUNK."""
         while True:
             index = batch_index(len(self), position, size, seed).tolist()
-            yield [(seed, (position + k) // len(self), i) for k, i in enumerate(index)]
+            items = [(seed, (position + k) // len(self), i) for k, i in enumerate(index)]
+            yield from (items[k:k + self.CHUNK] for k in range(0, size, self.CHUNK))
             position += size
 
 
@@ -433,10 +437,8 @@ DCGAN = dict(objective="non-saturating", optimizer="adam", lr=2e-4, betas=(0.5, 
              ema=0.0, z=64, clip=0.0, steps=50_000, batch_size=64)                                # Radford 2016
 AE = dict(objective="reconstruction", optimizer="adam", lr=1e-3, betas=(0.9, 0.999), z=64, steps=40_000, batch_size=128)
 VAE = {**AE, "objective": "variational", "beta": 1.0}                       # Kingma & Welling 2014; beta-VAE: --beta 4
-RESNET = dict(objective="cross-entropy", optimizer="sgd", lr=0.1, betas=(0.9, 0.0), steps=62_560, batch_size=128,
-              drops=(1 / 2, 3 / 4), warmup=0.0)        # drops: shares of the steps at which lr falls to a tenth
-IMAGENET = {**RESNET, "lr": 0.4, "steps": 112_680, "batch_size": 1024,                  # 90 epochs: x .1 after 30, 60 and 80,
-            "drops": (30 / 90, 60 / 90, 80 / 90), "warmup": 5 / 90}                     # and 5 in which lr rises from 0
+RESNET = dict(objective="cross-entropy", optimizer="sgd", lr=0.1, betas=(0.9, 0.0), steps=62_560, batch_size=128)
+IMAGENET = {**RESNET, "lr": 0.4, "steps": 112_680, "batch_size": 1024}                  # 90 epochs, in the schedule of lr_factor
 STAGES = {"resnet18": (2, 2, 2, 2), "resnet26": (2, 3, 4, 3), "resnet34": (3, 4, 6, 3)}             # blocks, of torchvision's
 MODELS = {
     "sngan":        dict(objective="hinge", optimizer="adam", lr=2e-4, betas=(0.0, 0.9), n_critic=5, g_batches=2,
@@ -1092,9 +1094,12 @@ def classifier_step(net, optimizer, x, labels, masks=None, amp=False):
     return {"losses": {"net": loss.detach()}}
 
 
+IMAGENET_SCHEDULE = dict(drops=(30 / 90, 60 / 90, 80 / 90), warmup=5 / 90)               # of lr_factor, for resnet18, 26 and 34
+
+
 def lr_factor(step, steps, drops=(1 / 2, 3 / 4), warmup=0.0):
     """Factor of a classifier's learning rate: x .1 at each of `drops`, and linear from 0 over the first `warmup`, all in shares
-    of the steps. Chen et al. 2021; the defaults are those for CIFAR (their code; the paper prints another second drop)."""
+    of the steps. Chen et al. 2021; the defaults are for CIFAR (their code; the paper prints another second drop)."""
     rise = round(warmup * steps)
     return min(1.0, (step + 1) / rise if rise else 1.0) * 0.1 ** sum(step > drop * steps - 1e-6 for drop in drops)
 
@@ -2202,7 +2207,8 @@ LIKE_BLOCK = re.compile(r"(?:.*\.)?(?:blocks|layer[1-9])\.\d+\..*")
 def residual_blocks(names):
     """([blocks per stage], {name: (stage, block, match of BLOCK)}) of a ResNet of basic blocks, from its tensors' names.
 
-    Names in no block (stem, head) are left out of the dict. ValueError for anything but stages of basic blocks."""
+    Names in no block (stem, head) are left out of the dict. ValueError for anything but stages of basic blocks, of equal
+    length where blocks are counted through (CIFAR)."""
     matches = {name: BLOCK.fullmatch(name) for name in names}
     if odd := [name for name, match in matches.items() if not match and LIKE_BLOCK.fullmatch(name)]:
         raise ValueError(f"{odd[0]} is in no basic residual block (conv1, bn1, conv2, bn2 and a shortcut); no other kind can be stretched")
@@ -2214,8 +2220,10 @@ def residual_blocks(names):
             places[name] = (*(divmod(number, each) if match["flat"] else (int(match["stage"]) - 1, number)), match)
             stages.setdefault(places[name][0], {}).setdefault(places[name][1], set()).add(match["before"] + match["rest"])
 
-    def regular(stage):         # no gap in the numbers; units all alike, and without a shortcut: in CIFAR's names that
-        units = [stage[block] for block in stage if block]    # is what tells stages of unequal length, which cannot be told apart
+    # Numbered without a gap, units all alike and without a shortcut. CIFAR's names count through all stages: a shortcut in a unit is what
+    # shows that the stages are of unequal length.
+    def regular(stage):
+        units = [stage[block] for block in stage if block]
         return (sorted(stage) == list(range(len(stage))) and all(unit == units[0] for unit in units)
                 and not any("shortcut." in rest or "downsample." in rest for unit in units for rest in unit))
 
@@ -2230,7 +2238,7 @@ def remap_blocks(tensors, maps):
     """A dict of tensors (weights and statistics, or masks) with the blocks of each stage as `maps` say: target block t of
     stage s is source block maps[s][t]. What is in no block comes over one to one. All are copies, without rescaling."""
     counts, places = residual_blocks(tensors)
-    if len(maps) != len(counts) or any(blocks[0] or not all(0 < b < count for b in blocks[1:]) for blocks, count in zip(maps, counts)):
+    if len(maps) != len(counts) or any(blocks[:1] != [0] or not all(0 < b < count for b in blocks[1:]) for blocks, count in zip(maps, counts)):
         raise ValueError(f"the map {format_maps(maps)} does not fit stages of {', '.join(map(str, counts))} blocks")
     out = {}
     for name, tensor in tensors.items():
@@ -2276,14 +2284,14 @@ def elastic_ticket(theta, masks, target, maps):
 
 
 def stage_densities(masks):
-    """[(blocks, density of block 0, density of the units or nan), ...] per stage, from a ResNet's masks. With a whole factor the units'
-    stays as it was; the network's does not, since stem, head and first blocks weigh less in it."""
+    """[(blocks, density of the stage, of its block 0, of its units or nan), ...] from a ResNet's masks. With a whole factor the units'
+    stays as it was; the stage's and the network's do not, since first blocks, stem and head weigh less in a deeper one."""
     counts, places = residual_blocks(masks)
     parts = {}
     for name, (stage, block, _) in places.items():
         parts.setdefault((stage, block > 0), {})[name] = masks[name]
-    return [(count, density(parts[stage, False]), density(parts[stage, True]) if count > 1 else math.nan)
-            for stage, count in enumerate(counts)]
+    return [(count, density(parts[stage, False] | parts.get((stage, True), {})), density(parts[stage, False]),
+             density(parts[stage, True]) if count > 1 else math.nan) for stage, count in enumerate(counts)]
 
 
 # ==================================================================================================
@@ -2503,7 +2511,7 @@ def reconstruction_error(nets, images):
 
 @torch.no_grad()
 def accuracy(net, images, labels, size=500):
-    """Share of all the images, uint8 (N, C, S, S), that `net` puts into their class; the last batch may be smaller."""
+    """Share of all the images, uint8 (N, C, S, S) or an ImageStream, that `net` puts into their class; the last batch may be smaller."""
     device = next(net.parameters()).device
     right = sum(int((net(part.to(device).float() / 127.5 - 1).argmax(1).cpu() == truth.cpu()).sum())
                 for part, truth in zip(images.split(size), labels.split(size)))
@@ -2641,21 +2649,21 @@ def parse(argv):
     add("--dataset", help="shapes (built in), mnist, fashion_mnist, cifar10, stl10, celeba, imagenet, or a folder of images (for a classifier of train/ and val/, a folder per class)")
     add("--model", help=f"{', '.join(MODELS)} (default sngan; imp: dcgan; ticket: its own; earlybird: dcgan; magnitude, snip, grasp: resnet20; elastic: resnet32)")
     add("--density", type=float, help="share of weights kept, of a GAN G's, 0 < d <= 1 (default 0.3); imp: prune until it is reached")
-    add("--steps", type=int, help="of a GAN updates of G (default by model, 4,690 to 100,000)")
-    add("--batch-size", type=int, help="images per step, of a GAN real images per step of D (default by model, 64 or 128)")
-    add("--width", type=float, help="multiplies every channel count of the model (default 1)")
+    add("--steps", type=int, help="of a GAN updates of G (default by model, 4,690 to 112,680)")
+    add("--batch-size", type=int, help="images per step, of a GAN real images per step of D (default by model, 64, 128 or 1,024)")
+    add("--width", type=float, help="multiplies every channel count of the model (default 1; resnet18 to 34 have no other)")
     add("--seed", type=int, help="of everything that is drawn (default 0)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda when there is one)")
     add("--out", help="run folder (default runs/METHOD-MODEL-DATASET-SEED)")
     add = parser.add_argument_group("data and training").add_argument
     add("--data", help="folder that holds the data sets (default data)")
-    add("--image-size", type=int, help="32, 48 or 64 pixels, linear_ae and classifiers 8 to 1024 (default by data set; celeba and folders 64, imagenet 224)")
+    add("--image-size", type=int, help="32, 48 or 64 pixels, linear_ae and classifiers 8 to 1024 (default by data set; celeba and folders 64; a folder of classes 32, for resnet18 to 34 224)")
     add("--z", type=int, help="size of the latent vector (default by model)")
     add("--beta", type=float, help="vae, resnet_vae: weight of the KL term (default 1)")
     add("--n-critic", type=int, help="steps of D per step of G (default by model)")
     add("--lr", type=float, help="learning rate (default by model)")
     add("--amp", action="store_true", default=None, help="forward passes of the training in bfloat16, on CUDA only")
-    add("--workers", type=int, help="imagenet: processes that decode images (default: as many as processors, at most 8)")
+    add("--workers", type=int, help="imagenet, or a folder of classes: processes that decode images (default: as many as processors, at most 8)")
     add("--checkpoint-s", type=float, help="seconds between checkpoints (default 120)")
     add = parser.add_argument_group("sparse training").add_argument
     add("--density-D", type=float, help="share of D's weights kept; at the start, for ddst (default 1; ddst: as --density)")
@@ -2671,7 +2679,7 @@ def parse(argv):
     add("--score-batches", type=int, help="snip, grasp: batches that the scores are summed over (default 4)")
     add("--scope", help="imp, earlybird: one pool of weights or channels for all (global, default), per network or per layer")
     add("--prune", nargs="+", metavar="ROLE", help="imp: networks that are pruned; transfer: that receive: G, D, encoder, decoder (default all)")
-    add("--controls", action="store_true", default=None, help="train the random ticket (same mask, other weights) and the shuffled mask too")
+    add("--controls", action="store_true", default=None, help="train the random ticket (same mask, other weights) and the shuffled mask too; elastic: and a one-shot mask")
     add("--channels", type=float, dest="channels_kept", help="earlybird: share of the channels kept (default 0.45)")
     add("--gamma-l1", type=float, help="earlybird: L1 penalty on batch norm's scales until the ticket is found (default 0; You et al. 1e-4)")
     add("--ticket", metavar="T", help="ticket, transfer, elastic: a ticket file, or a run folder (its sparsest winning ticket)")
@@ -2728,7 +2736,7 @@ def resolve(given):
     kind = "gan" if model in GANS else "classifier" if model in CLASSIFIERS else "autoencoder"
     own, preset = DATASETS.get(dataset, DATASETS["imagenet" if root else "folder"]), {}
     if root:
-        own = {**own, "classes": len(class_folders(root))}
+        own = {**own, "classes": len(class_folders(root)), "image_size": 224 if model in STAGES else 32}
     if model == "linear_ae" and dataset in ("mnist", "fashion_mnist"):
         own = {**own, "image_size": 28}                       # the paper's 784 inputs; no black frame
     if dataset == "shapes":
@@ -2738,12 +2746,14 @@ def resolve(given):
     check_least(s)
     if kind == "classifier" and not s["classes"]:
         raise ValueError(f"{model} needs labels and {dataset} has none; "
-                         f"--dataset {', '.join(n for n in DATASETS if DATASETS[n]['classes'])} have them")
+                         f"--dataset {', '.join(n for n in DATASETS if DATASETS[n]['classes'])} have them, and the path of a folder "
+                         f"with train/ and val/, a folder per class in both")
     if kind == "classifier" and not root:
         s["crop"] = 4
     if model in STAGES and "lr" not in given and "lr" not in ticket:
         s["lr"] *= s["batch_size"] / IMAGENET["batch_size"]                # in proportion: Goyal et al. 2017
-    usual = round(s["warmup"] * s["steps"]) or 1000 if kind == "classifier" else 100 if model == "linear_ae" else 10
+    usual = (round(IMAGENET_SCHEDULE["warmup"] * s["steps"]) if model in STAGES else 1000 if kind == "classifier" else
+             100 if model == "linear_ae" else 10)
     s.setdefault("rewind_step", 0 if method in SCORED else min(usual, s["steps"] // 10))
     if method in ("imp", "ticket", "elastic", *SCORED) and not 0 <= s["rewind_step"] < s["steps"]:
         raise ValueError(f"the rewind step {s['rewind_step']} is not before the last of {s['steps']} steps; "
@@ -2791,7 +2801,7 @@ def resolve(given):
         for name, readers in reads.items():
             if what not in readers and name not in {*EVALUATION, *kept_by_ticket}:
                 s[name] = None
-    if s["map"]:
+    if s["map"] is not None:
         s["order"] = None
     s["device"] = str(pick_device(given.get("device")))
     if s["amp"] and not (s["device"].startswith("cuda") and torch.cuda.get_device_capability(s["device"]) >= (8, 0)):      # below, it is emulated
@@ -2809,7 +2819,7 @@ def class_root(dataset, data, model):
         raise ValueError(f"--dataset imagenet is for classifiers, {', '.join(CLASSIFIERS)}; pass {model} the path of a folder of images")
     if dataset == "imagenet":
         return Path(data) / "imagenet"
-    if model not in CLASSIFIERS or dataset in DATASETS:
+    if model not in CLASSIFIERS or dataset in set(DATASETS) - {"folder"}:
         return None
     if not Path(dataset).is_dir():
         raise ValueError(f"no folder {dataset}; {DATASET_TAKES}")
@@ -2884,7 +2894,7 @@ def pick_device(name=None):
 
 
 class Job(NamedTuple):
-    """What a method works on. Images are uint8 (N, C, S, S); masks are flat, "G.stem.weight", {} when dense."""
+    """What a method works on. Images are uint8 (N, C, S, S), or an ImageStream; masks are flat, "G.stem.weight", {} when dense."""
     settings: dict
     images: torch.Tensor
     labels: torch.Tensor
@@ -2963,7 +2973,8 @@ def load_job(s, nets, masks):
     device = torch.device(s["device"])
     network = feature_network(s["features"], s["inception_weights"]).to(device)
     if root := class_root(s["dataset"], s["data"], s["model"]):
-        workers = min(8, os.cpu_count()) if s.get("workers") is None else s["workers"]
+        ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = min(8, ours) if s.get("workers") is None else s["workers"]
         images, held_out = (ImageStream(root / part, s["image_size"], workers) for part in ("train", "val"))
         labels, truth = images.labels, held_out.labels
     else:
@@ -3186,16 +3197,18 @@ def open_ticket(s, nets):
         what = f"{len(came)} tensors come over: {', '.join(came)}; fresh and dense: {', '.join(fresh) or 'none'}"
     else:
         before, wanted = (residual_blocks(part)[0] for part in (theta, nets.state_dict()))
-        maps = parse_maps(s["map"], len(before)) if s["map"] else [block_map(*pair, s["order"]) for pair in zip(before, wanted)]
+        maps = parse_maps(s["map"], len(before)) if s["map"] is not None else [block_map(*pair, s["order"]) for pair in zip(before, wanted)]
         if [len(blocks) for blocks in maps] != wanted:
             raise ValueError(f"--map {s['map']} makes stages of {', '.join(str(len(blocks)) for blocks in maps)} blocks; "
                              f"{s['model']} has {', '.join(map(str, wanted))}")
         theta, masks, fresh = elastic_ticket(theta, masks, nets.state_dict(), maps)
         check_ticket(path, theta, masks, nets, s["prune"])
-        rows = [["", f"{made['model']}: blocks", "block 0 kept", "units kept", f"{s['model']}: blocks", "block 0 kept", "units kept"]]
+        rows = [["", *(cell for model in (made["model"], s["model"]) for cell in (model, "blocks", "kept", "block 0", "units"))]]
         for stage, pair in enumerate(zip(stage_densities(ticket["masks"]), stage_densities(masks)), 1):
-            rows.append([f"  stage {stage}", *(cell for count, first, units in pair for cell in (str(count), f"{first:.2%}", f"{units:.2%}"))])
-        more = {"map": format_maps(maps), "source": made["model"], "source_density": ticket["density"], "source_value": metrics.get("ticket")}
+            rows.append([f"  stage {stage}", *(cell for count, *shares in pair for cell in ("", str(count), *(f"{share:.2%}" for share in shares)))])
+        # The official notation has one stage for a CIFAR ResNet, whose stages are alike.
+        more = {"map": format_maps(maps if s["model"] in STAGES or any(blocks != maps[0] for blocks in maps) else maps[:1]), "source": made["model"],
+                "source_density": ticket["density"], "source_value": metrics.get("ticket") if made["dataset"] == s["dataset"] else None}
         what = (f"from step {s['rewind_step']}; {s['model']} keeps {density(masks):.2%}\n  {s['order'] or 'map'}, source:target: {more['map']}\n"
                 + aligned(rows) + (f"\n  fresh and dense, for {s['classes']} classes: {', '.join(fresh)}" if fresh else ""))
     return theta, masks, (f"  ticket {path}: round {ticket['round']} of a {made['model']} on {made['dataset']}, "
@@ -3209,9 +3222,8 @@ def train_ticket(job):
     print_header(job)
     theta, masks, what, more = open_ticket(s, job.nets)
     print(what)
-    elastic = s["method"] == "elastic"
-    estimate(job, 3 + elastic if s["controls"] else 1)
-    summary = train_masked(job, fit, theta, masks, s["rewind_step"] or 0, controls=[train_magnitude] * elastic, **more)
+    estimate(job, 3 + (s["method"] == "elastic") if s["controls"] else 1)
+    summary = train_masked(job, fit, theta, masks, s["rewind_step"] or 0, **more)
     if more.get("source_value") is not None:
         print(f"{more['source']}'s ticket, {more['source_density']:.2%} kept: {more['source_value']:.4f}; "
               f"{s['model']} by its map, {density(masks):.2%} kept: {summary['value']:.4f}")
@@ -3219,26 +3231,25 @@ def train_ticket(job):
 
 
 def train_magnitude(job, fit, share):
-    """elastic's third control, {"magnitude": result}: the target's own dense network, trained to the rewind step, pruned once by
-    magnitude to the same share, and trained on."""
+    """elastic's third control: the target's own dense network, trained to the rewind step, pruned once by magnitude to the same
+    share, and trained on."""
     nets, k = fresh_networks(job.settings), job.settings["rewind_step"]
     if k:
         fit("before", nets, {}, 0, lambda step, out: step == k)
     masks = prune_masks(best_stays(score_magnitude(nets)), share)
-    return {"magnitude": fit("magnitude", nets, masks, k)}
+    return fit("magnitude", nets, masks, k)
 
 
-def train_masked(job, fit, theta, masks, start, before=(), seconds=0.0, controls=(), **more):
-    """Train theta x mask from step `start`; with --controls the same mask on other weights, and shuffled, too, and `controls`,
-    functions (job, fit, density). before: history of the dense training up to `start`; seconds: what went before took.
-    more: as of `finish`"""
+def train_masked(job, fit, theta, masks, start, before=(), seconds=0.0, **more):
+    """Train theta x mask from step `start`; with --controls the same mask on other weights, and shuffled, too.
+    before: history of the dense training up to `start`; seconds: what went before took. more: as of `finish`"""
     s = job.settings
     rewind_(job.nets, theta, masks)
     done = fit(s["method"], job.nets, masks, start)
     if s["controls"]:
         results = train_controls(s["method"], functools.partial(fresh_networks, s), fit, theta, masks, start, 1, s["seed"])
-        for control in controls:
-            results |= control(job, fit, density(masks))
+        if s["method"] == "elastic":
+            results["magnitude"] = train_magnitude(job, fit, density(masks))
         more["rounds"] = [{"round": 0, "density": density(masks), **role_densities(job.nets, masks), "dense": None,
                            "ticket": done.metric, **{name: result.metric for name, result in results.items()}, "verdict": "-"}]
     return finish(job, done, [[*before, *done.state["history"]]], seconds=round(seconds + done.done.seconds, 1), **more)
@@ -3399,7 +3410,7 @@ def step_function(s, images, labels, nets, optimizers, masks):
 
     def classifier(step):
         for group in optimizers["net"].param_groups:
-            group["lr"] = s["lr"] * lr_factor(step, s["steps"], s["drops"], s["warmup"])
+            group["lr"] = s["lr"] * lr_factor(step, s["steps"], **(IMAGENET_SCHEDULE if s["model"] in STAGES else {}))
         truth = labels[batch_index(len(images), step * B, B, s["seed"])].to(s["device"])
         return classifier_step(nets["net"], optimizers["net"], draw_real(step * B), truth, split["net"], s["amp"])
 
@@ -3407,16 +3418,17 @@ def step_function(s, images, labels, nets, optimizers, masks):
 
 
 def seconds_per_step(s, job, masks):
-    """Time of one step under settings `s`, on networks of its own: two steps, the second one counts."""
+    """Time of one step under settings `s`, on networks of its own: of two steps the second; where images are decoded, the mean of ten."""
     nets = fresh_networks(s)
     step_fn = step_function(s, job.images, job.labels, nets, make_optimizers(nets, s), masks)
-    for step in range(2):
+    streamed, times = isinstance(job.images, ImageStream), []
+    for step in range(10 if streamed else 2):
         began = time.perf_counter()
         float(sum(step_fn(step)["losses"].values()))          # float waits for the device
-        took = time.perf_counter() - began
-        if took > 5:
+        times.append(time.perf_counter() - began)
+        if sum(times) > 5:
             break
-    return took
+    return np.mean(times) if streamed else times[-1]          # a streamed batch may have been decoded ahead
 
 
 def estimate(job, trainings=1):
@@ -3427,9 +3439,11 @@ def estimate(job, trainings=1):
           f"evaluations aside", flush=True)
     if total < 6 * 3600:
         return
-    fits = {name: min(s[name], most) for name, most in CPU_SIZE.items() if s.get(name) and not (name == "width" and "ticket" in s["given"])}
+    fits = {name: min(s[name], most) for name, most in CPU_SIZE.items() if s.get(name)
+            and not (name == "width" and ("ticket" in s["given"] or s["model"] in STAGES))}
     step_s = seconds_per_step({**s, **fits}, job, {})
-    steps = min(s["steps"], max(100, 2 * (s["rewind_step"] or 0), round(1200 / step_s / trainings, -2)))      # what fits into 20 minutes
+    rewind = s["rewind_step"] if "ticket" in s["given"] or "rewind_step" in s["given"] else 0         # a default one shrinks with the steps
+    steps = min(s["steps"], max(100, 2 * (rewind or 0), round(1200 / step_s / trainings, -2)))      # what fits into 20 minutes
     flags = {**s["given"], "method": s["method"], "dataset": s["dataset"], "steps": int(steps), "out": f"{s['out']}-small", **fits}
     words = [word for name, value in flags.items() if value is not False for word in
              (flag(name), *(map(str, value) if isinstance(value, list) else [] if value is True else [str(value)]))]
@@ -3779,6 +3793,12 @@ def main(argv=None):
         return 2
     except FloatingPointError as error:
         print(f"lottery.py: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:                             # a process that decodes was killed; torch says so wherever we are
+        if "DataLoader worker" not in str(error):
+            raise
+        print(f"lottery.py: {first_line(error)}: out of memory, or of shared memory (a container's /dev/shm)? The same command with a "
+              f"smaller --workers, or 0, goes on from the last checkpoint", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("lottery.py: stopped; the same command again goes on from the last checkpoint", file=sys.stderr)

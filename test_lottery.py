@@ -572,7 +572,7 @@ def test_the_learning_rate_of_classifiers_falls_at_a_half_and_at_three_quarters(
     assert [L.lr_factor(step, 160) for step in (0, 79, 80, 119, 120, 159)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
     own, epoch = L.MODELS["resnet34"], 1252                   # ImageNet: 90 epochs of 1,252 steps
     assert own["steps"] == 90 * epoch and own["lr"] == 0.4 and own["batch_size"] == 1024
-    factors = [L.lr_factor(step, 90 * epoch, own["drops"], own["warmup"]) for step in (0, 3129, 5 * epoch - 1, 30 * epoch - 1, 30 * epoch, 60 * epoch, 80 * epoch - 1, 80 * epoch)]
+    factors = [L.lr_factor(step, 90 * epoch, **L.IMAGENET_SCHEDULE) for step in (0, 3129, 5 * epoch - 1, 30 * epoch - 1, 30 * epoch, 60 * epoch, 80 * epoch - 1, 80 * epoch)]
     assert factors == pytest.approx([1 / (5 * epoch), 0.5, 1, 1, 0.1, 0.01, 0.01, 0.001])
     assert settings(model="resnet18", method="dense", width=1.0, batch_size=64)["lr"] == pytest.approx(0.4 / 16)      # in proportion
     assert settings(model="resnet18", method="dense", width=1.0, batch_size=64, lr=0.3)["lr"] == 0.3
@@ -1981,10 +1981,11 @@ def test_densities_per_stage_are_counts_by_hand_and_the_units_keep_theirs_under_
     theta, masks = a_resnet(20)
     there = L.stretch(masks, BLOCKS[32])                      # 2 units become 4
     for tensors, count in ((masks, 3), (there, 5)):
-        for stage, (blocks, first, units) in enumerate(L.stage_densities(tensors)):
+        for stage, (blocks, whole, first, units) in enumerate(L.stage_densities(tensors)):
             numbers = [[m for n, m in tensors.items() if n.startswith(f"blocks.{stage * count + block}.")] for block in range(count)]
             assert blocks == count and first == pytest.approx(float(sum(m.sum() for m in numbers[0]) / sum(m.numel() for m in numbers[0])))
             rest = [m for number in numbers[1:] for m in number]
+            assert whole == pytest.approx(float(sum(m.sum() for m in numbers[0] + rest)) / sum(m.numel() for m in numbers[0] + rest))
             assert units == pytest.approx(float(sum(m.sum() for m in rest)) / sum(m.numel() for m in rest))
     assert [u for *_, u in L.stage_densities(there)] == pytest.approx([u for *_, u in L.stage_densities(masks)], abs=1e-12)
     assert [u for *_, u in L.stage_densities(L.squeeze(masks, [2] * 3))] != pytest.approx([u for *_, u in L.stage_densities(masks)], abs=1e-3)
@@ -2466,11 +2467,11 @@ def test_an_elastic_run_trains_the_remapped_ticket_from_its_rewind_step_beside_i
     assert start == 2 and same({n.removeprefix("net."): m for n, m in used.items()}, masks)
     assert same({n.removeprefix("net."): v for n, v in weights.items()}, {n: v * masks.get(n, 1) for n, v in wanted.items()})
     share = sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())
-    assert summary["density"] == pytest.approx(share) and f"{model} keeps {share:.2%}" in said and L.format_maps([blocks] * 3) in said
+    assert summary["density"] == pytest.approx(share) and f"{model} keeps {share:.2%}" in said and f": {L.format_maps([blocks])}\n" in said
     rows = [line.split() for line in said.splitlines() if line.startswith("  stage ")]
-    assert [row[2:] for row in rows] == [[str(a), f"{b:.2%}", f"{c:.2%}", str(d), f"{e:.2%}", f"{f:.2%}"] for (a, b, c), (d, e, f) in
+    assert [row[2:] for row in rows] == [[str(count) if not i else f"{count:.2%}" for part in pair for i, count in enumerate(part)] for pair in
                                          zip(L.stage_densities(ticket["masks"]), L.stage_densities(masks))]
-    assert summary["source"] == "resnet20" and summary["source_density"] == ticket["density"] and summary["map"] == L.format_maps([blocks] * 3)
+    assert summary["source"] == "resnet20" and summary["source_density"] == ticket["density"] and summary["map"] == L.format_maps([blocks])
     if count < 5:
         return
     random, shuffled, before, magnitude = (trainings[name] for name in ("elastic-random", "elastic-shuffled", "before", "magnitude"))
@@ -2532,8 +2533,27 @@ def test_imagenets_layout_is_refused_where_it_is_not_and_its_classes_are_the_fol
     assert L.main(f"{dense} --dataset imagenet --image-size 16 --workers 0 --out r".split()) == 0
     assert L.load_model("r/model.pt")[0]["net"].fc.out_features == 3
     assert L.main("--evaluate r --workers 0".split()) == 0 and "r: accuracy" in capsys.readouterr().out
+    refused(capsys, "--method dense --model resnet14 --dataset celeba".split(), "labels", "train/ and val/")
+    with pytest.raises(ValueError, match="is an ImageStream|imagenet"):
+        L.load_images("imagenet")
     for method in ("snip", "earlybird"):                      # what else looks at the images
         assert L.main(f"--method {method} --model resnet14 --width .1 --steps 12 --batch-size 4 --dataset imagenet --image-size 16 --workers 0 --out {method}".split()) == 0
+
+
+def test_a_decoding_process_that_is_killed_ends_the_run_in_one_line(empty, capsys, monkeypatch):
+    imagenet_like(empty / "pets")
+    real = L.classifier_step
+
+    def deadly(*args):
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+            child.join()
+        return real(*args)
+
+    monkeypatch.setattr(L, "classifier_step", deadly)
+    assert L.main("--method dense --model resnet14 --width .1 --steps 90 --batch-size 4 --dataset pets --workers 1 --out r".split()) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "DataLoader worker" in err and "--workers" in err
 
 
 @pytest.mark.parametrize("model, more", [("resnet14", ["--width", ".2"]), ("sngan", [*TINY[:2], "--n-critic", "5", "--lr", ".01"]), ("vae", ["--width", ".05", "--lr", ".01"])])
@@ -2799,6 +2819,12 @@ def test_a_run_that_would_take_days_names_a_command_that_fits(empty, capsys, mon
     command = said.split("about 20 min here: python lottery.py ")[1].splitlines()[0]
     given = L.parse(shlex.split(command))                     # the user's own flags are all there
     assert given == dict(steps=2400, width=0.25, band=[0.5, 0.6], out="it's-small", method="ddst", dataset="shapes", n_critic=1, batch_size=16)
+    times = iter([20.0, 0.5])                                 # torchvision's networks have one width
+    monkeypatch.setitem(L.METHODS, "imp", lambda job: L.estimate(job, 2) or {"seed": 0})
+    assert L.main("--steps 100000 --method imp --rounds 1 --model resnet18 --out i".split()) == 0
+    given = L.parse(shlex.split(capsys.readouterr().out.split("min here: python lottery.py ")[1].splitlines()[0]))
+    assert given == dict(steps=1200, out="i-small", method="imp", rounds=1, model="resnet18", dataset="shapes", batch_size=32)
+    L.resolve(given)
 
 
 def main_killed(said, when, count, argv):
@@ -2910,7 +2936,7 @@ def test_streaming_with_two_workers_killed_and_started_again_is_bit_identical(tm
     def start(out, when="never", count=0, workers="2"):
         return run_killed(tmp_path, [*flags, "--workers", workers, "--out", str(tmp_path / out)], when, count)
 
-    for when, count in (("step", 7), ("during", 5), ("step", 11)):                           # an epoch has 7.5 steps; 2 steps estimate
+    for when, count in (("step", 15), ("during", 5), ("step", 17)):                          # an epoch has 7.5 steps; 10 steps estimate
         code, said = start("killed", when, count)
         assert code == -signal.SIGKILL, said
     code, said = start("killed")
