@@ -281,13 +281,13 @@ class ImageStream:
         except OSError as error:                              # no folder, no class in it, or a class without an image
             raise ValueError(f"{folder} must hold a folder of images per class ({first_line(error)})") from None
         self.labels = torch.tensor([label for _, label in self.files])
-        self.size, self.workers, self.next, self.parts = size, workers, None, None
+        self.size, self.workers, self.next, self.batches = size, workers, None, None
 
     def __len__(self):
         return len(self.labels)
 
     def __getstate__(self):                                   # what a worker gets: not the other workers
-        return {**self.__dict__, "next": None, "parts": None}
+        return {**self.__dict__, "next": None, "batches": None}
 
     def __getitem__(self, item):
         """uint8 (3, size, size): the centre of image `item`, or for (seed, epoch, index) a random part; a line of text instead of
@@ -308,35 +308,43 @@ class ImageStream:
             return part(image)
 
     def load(self, lists):
-        """uint8 (n, 3, size, size) for each list of n items in an iterable, in that order; workers decode ahead."""
-        loader = torch.utils.data.DataLoader(self, batch_sampler=lists, num_workers=self.workers, collate_fn=stack_images,
-                                             generator=torch.Generator())       # without it, seeds of workers come from the global one
-        for images in loader:
-            if isinstance(images, str):
-                raise ValueError(images)
-            yield images
+        """uint8 (n, 3, size, size) for each list of n items in an iterable, in that order; workers decode ahead, CHUNK at a time."""
+        sizes, parts = [], []                                 # of the lists that the loader has read; of the one that comes next
+
+        def chunks():
+            for items in lists:
+                sizes.append(len(items))
+                yield from (items[k:k + self.CHUNK] for k in range(0, len(items), self.CHUNK))
+
+        for part in torch.utils.data.DataLoader(self, batch_sampler=chunks(), num_workers=self.workers, collate_fn=stack_images,
+                                                generator=torch.Generator()):       # else seeds of workers come from the global one
+            if isinstance(part, str):
+                raise ValueError(part)
+            parts.append(part)
+            if sum(map(len, parts)) == sizes[0]:
+                yield torch.cat(parts)
+                parts.clear(), sizes.pop(0)
 
     def take(self, index):
         """The centres of the images at `index`, int64 (n,)."""
-        return torch.cat(list(self.load([part.tolist() for part in index.split(self.CHUNK)])))
+        return next(self.load([index.tolist()]))
 
     def split(self, size):
         """All centres in order, `size` at a time, as a tensor's split has them."""
-        return self.load([part.tolist() for part in torch.arange(len(self)).split(size)])
+        return self.load(part.tolist() for part in torch.arange(len(self)).split(size))
 
     def batch(self, position, size, seed):
         """Random parts of the images at batch_index(len, position, size, seed); quick when batches are asked for in turn."""
         if self.next != (position, size, seed):
-            self.parts = self.load(self.items(position, size, seed))
+            self.batches = self.load(self.items(position, size, seed))
         self.next = (position + size, size, seed)
-        return torch.cat([next(self.parts) for _ in range(0, size, self.CHUNK)])
+        return next(self.batches)
 
     def items(self, position, size, seed):
-        """Without end, (seed, epoch, index) of the images of the batches from `position` on, in lists of at most CHUNK."""
+        """Without end, the lists of (seed, epoch, index) of the batches from `position` on."""
         while True:
             index = batch_index(len(self), position, size, seed).tolist()
-            items = [(seed, (position + k) // len(self), i) for k, i in enumerate(index)]
-            yield from (items[k:k + self.CHUNK] for k in range(0, size, self.CHUNK))
+            yield [(seed, (position + k) // len(self), i) for k, i in enumerate(index)]
             position += size
 
 

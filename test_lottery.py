@@ -225,8 +225,9 @@ def imagenet_like(folder, each=(8, 3), classes=("cat", "dog", "eel"), size=24):
     return folder
 
 
-def test_streamed_images_are_a_function_of_seed_epoch_and_index_whatever_the_workers(tmp_path):
+def test_streamed_images_are_a_function_of_seed_epoch_and_index_whatever_the_workers(tmp_path, monkeypatch):
     from PIL import Image
+    monkeypatch.setattr(L.ImageStream, "CHUNK", 3)            # a batch of 5 in two parts
     transforms = L.import_torchvision().transforms
     folder, state = imagenet_like(tmp_path), torch.random.get_rng_state()
     plain, ahead = (L.ImageStream(folder / "train", 16, workers) for workers in (0, 2))
