@@ -585,6 +585,12 @@ def test_the_learning_rate_of_classifiers_falls_at_a_half_and_at_three_quarters(
     step_fn = L.step_function(s, images, labels, nets, optimizers, {})
     step_fn(6)                                                # a ticket that starts there goes on with that rate
     assert optimizers["net"].param_groups[0]["lr"] == pytest.approx(1e-3)
+    s = settings(model="resnet18", method="dense", width=1.0, steps=90, lr=1.0, image_size=8)
+    nets = L.fresh_networks(s)
+    optimizers = L.make_optimizers(nets, s)
+    for step, lr in ((0, 0.2), (30, 0.1)):                    # the warmup's first of five steps; the first drop
+        L.step_function(s, L.shapes(30, 8)[0], labels, nets, optimizers, {})(step)
+        assert optimizers["net"].param_groups[0]["lr"] == pytest.approx(lr)
 
 
 @pytest.mark.parametrize("model", ["sngan", "dcgan", "vae", "resnet14"])
