@@ -2113,6 +2113,8 @@ def test_a_trained_classifiers_model_serves_as_features(empty, capsys):
     network = L.feature_network("c/model.pt")
     images = L.shapes(6)[0]
     wanted = L.load_model("c/model.pt")[0]["net"]
+    L.ClassifierFeatures(wanted, "x", 3, 32)
+    assert isinstance(wanted.fc, nn.Linear)                   # left alone
     wanted.fc = nn.Identity()
     wanted = wanted(images.float() / 127.5 - 1)
     assert torch.allclose(L.extract(images, network), wanted.double(), atol=1e-5) and network.label.startswith("resnet14.")
@@ -2489,7 +2491,9 @@ def test_an_elastic_run_trains_the_remapped_ticket_from_its_rewind_step_beside_i
         assert torch.equal(shuffled[0][name], wanted[name.removeprefix("net.")] * mask)   # of the dense theta
     assert not same(shuffled[1], used)
     assert L.kept(magnitude[1]) == L.kept(used) and same(before[0], copied(L.build(model, width=0.1, classes=3)))
-    there = L.load_torch(empty / "e" / "done-before.pt")["weights"]                       # the target itself, after two dense steps
+    there = L.load_torch(empty / "e" / "done-before.pt")                                  # the target itself, after two dense steps
+    assert there["step"] == 2
+    there = there["weights"]
     scores = L.best_stays({n: there[n].abs() for n in used})
     assert same(magnitude[1], L.prune_masks(scores, share)) and same(magnitude[0], there)       # `train` masks at once
     [row] = summary["rounds"]
