@@ -1244,7 +1244,7 @@ def a_ticket(path, model="vae", width=0.05, share=0.4, **more):
     nets = L.build(model, 32, 3, width, classes=3)
     masks = one_mask_each(nets, share)
     s = {**settings(model=model, method="imp", width=width, rewind_step=2, steps=5), **more}
-    L.save_ticket(path, nets.state_dict(), masks, L.identity(s), 3, {"verdict": "wins"})
+    L.save_ticket(path, nets.state_dict(), masks, L.identity(s), 3, {"verdict": "wins", "ticket": 0.25})
     return nets, masks
 
 
@@ -2480,7 +2480,7 @@ def test_an_elastic_run_trains_the_remapped_ticket_from_its_rewind_step_beside_i
     rows = [line.split() for line in said.splitlines() if line.startswith("  stage ")]
     assert [row[2:] for row in rows] == [[str(count) if not i else f"{count:.2%}" for part in pair for i, count in enumerate(part)] for pair in
                                          zip(L.stage_densities(ticket["masks"]), L.stage_densities(masks))]
-    assert summary["source"] == "resnet20" and summary["source_density"] == ticket["density"] and summary["map"] == L.format_maps([blocks])
+    assert summary["source"] == "resnet20" and summary["source_value"] == 0.25 and "resnet20's ticket" in said and summary["source_density"] == ticket["density"] and summary["map"] == L.format_maps([blocks])
     if count < 5:
         return
     random, shuffled, before, magnitude = (trainings[name] for name in ("elastic-random", "elastic-shuffled", "before", "magnitude"))
@@ -2508,6 +2508,7 @@ def test_an_elastic_ticket_goes_to_other_data_of_the_same_shape_with_a_fresh_hea
     assert L.main(argv) == 0
     said = capsys.readouterr().out
     assert "fresh and dense, for 4 classes: net.fc.weight, net.fc.bias" in said
+    assert json.loads((empty / "e/summary.json").read_text())["source_value"] is None     # an accuracy on other data
     nets, saved = L.load_model("e/model.pt")
     assert nets["net"].fc.out_features == 4 and bool(saved["masks"]["net.fc.weight"].all())
     for flags, words in (("--model resnet34", ["resnet14", "resnet110", "resnet34"]), ("--model vae", ["resnet14", "vae"]), ("--width .2", ["conv.weight", "(2, 3, 3, 3)", "(3, 3, 3, 3)"]),
