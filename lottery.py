@@ -2685,7 +2685,7 @@ def parse(argv):
     add("--prune-rate", type=float, help="imp: share of the survivors pruned per round (default 0.2)")
     add("--rewind-step", type=int, help="imp: survivors go back to this step (default 1,000 classifiers, resnet18 to 34 steps/18, 100 linear_ae, 10 else; at most steps/10); magnitude, snip, grasp: prune there (default 0)")
     add("--score-batches", type=int, help="snip, grasp: batches that the scores are summed over (default 4)")
-    add("--scope", help="imp, earlybird: one pool of weights or channels for all (global, default), per network or per layer")
+    add("--scope", help="imp, earlybird: one pool of weights or channels for all (global, imp's default), per network (wgan's) or per layer (earlybird's)")
     add("--prune", nargs="+", metavar="ROLE", help="imp: networks that are pruned; transfer: that receive: G, D, encoder, decoder (default all)")
     add("--controls", action="store_true", default=None, help="train the random ticket (same mask, other weights) and the shuffled mask too; elastic: and a one-shot mask")
     add("--channels", type=float, dest="channels_kept", help="earlybird: share of the channels kept (default 0.45)")
@@ -2749,7 +2749,8 @@ def resolve(given):
         own = {**own, "image_size": 28}                       # the paper's 784 inputs; no black frame
     if dataset == "shapes":
         preset = {**SHAPES_PRESET[kind], "rounds": SHAPES_PRESET["rounds"], **SHAPES_PRESET.get(model, {}), **SHAPES_PRESET.get(method, {})}
-    s = {**DEFAULTS, "rounds": PAPER_ROUNDS, **EVALUATION, **own, **MODELS[model], **preset, **ticket, **given, "given": given,
+    s = {**DEFAULTS, "rounds": PAPER_ROUNDS, **EVALUATION, **own, **MODELS[model], **preset,
+         **({"scope": "layer"} if method == "earlybird" else {}), **ticket, **given, "given": given,
          "model": model, "dataset": dataset, "roles": list(ROLES[kind])}
     check_least(s)
     if kind == "classifier" and not s["classes"]:
@@ -3338,7 +3339,8 @@ def train_earlybird(job):
     s, fit, nets, chains = job.settings, fitter(job), job.nets, channel_chains(job.nets)
     epoch, share = max(1, len(job.images) // (s["batch_size"] * (s.get("n_critic") or 1))), s["channels_kept"]
     by_role = {role: [chain for chain in chains if chain.conv.split(".")[0] == role] for role in nets}
-    # One pool mixes layers whose scales differ: a VAE's last layers lose nearly all, and of wgan's D, clipped to 0.01, all.
+    # The published pool is one over all layers. It mixes layers whose scales differ: of a VAE's last layers nearly nothing is left,
+    # of wgan's clipped D nothing, and in a pool of dcgan's D alone three of four layers keep one channel. The default is one per layer.
     pools = {"global": [chains], "network": [pool for pool in by_role.values() if pool], "layer": [[chain] for chain in chains]}[s["scope"]]
     scales = lambda: torch.cat(list(gammas_of(nets, chains).values()))
     start, chance, state = scales(), 2 * share * (1 - share), {"channels": []}

@@ -2573,7 +2573,7 @@ def test_an_early_bird_goes_on_with_exactly_what_was_cut_out(empty, capsys, monk
     real, birds = L.shapes, []
     monkeypatch.setattr(L, "shapes", lambda count, *a, **k: real(min(count, 660), *a, **k))
     monkeypatch.setattr(L, "early_bird", lambda masks: (len(masks) == 3, [L.mask_distance(masks[-1], m) for m in masks[:-1]]))
-    argv = ["--method", "earlybird", "--model", model, *more, "--batch-size", "13" if model == "sngan" else "66", "--steps", "70", "--eval-every", "70", "--channels", "0.4", "--out", "e"]
+    argv = ["--method", "earlybird", "--model", model, *more, "--batch-size", "13" if model == "sngan" else "66", "--steps", "70", "--eval-every", "70", "--channels", "0.4", "--scope", "global", "--out", "e"]
     assert L.main(argv) == 0
     said, summary = capsys.readouterr().out, json.loads((empty / "e/summary.json").read_text())
     before, after, saved = (L.load_torch(empty / "e" / name) for name in ("done-before.pt", "done-slim.pt", "model.pt"))
@@ -2653,14 +2653,14 @@ def test_an_exported_run_is_smaller_computes_the_same_and_runs_without_this_file
 
 
 def test_an_early_bird_of_wgan_cuts_both_networks_though_clipping_makes_the_scales_of_one_small(empty, capsys):
-    assert L.main("--method earlybird --model wgan --width .05 --batch-size 8 --n-critic 1 --steps 20 --eval-images 100 --out e".split()) == 0
+    assert L.main("--method earlybird --model wgan --width .05 --batch-size 8 --n-critic 1 --steps 20 --eval-images 100 --scope network --out e".split()) == 0
     said = capsys.readouterr().out
     assert re.findall(r"^  ([GD]): (\d+) of (\d+) channels", said, re.M) == [("G", "20", "45"), ("D", "20", "45")]
     assert "half of the steps are over before that" in said
-    assert L.main("--method earlybird --model ae --width .05 --batch-size 8 --steps 4 --scope layer --out l".split()) == 0
+    assert L.main("--method earlybird --model ae --width .05 --batch-size 8 --steps 4 --out l".split()) == 0
     nets, _ = L.load_model("l/model.pt")
     whole = L.build("ae", 32, 3, 0.05)
-    for chain in L.channel_chains(whole):                     # a pool per layer: the share of each
+    for chain in L.channel_chains(whole):                     # the default, a pool per layer: the share of each
         there, left = (len(m.get_submodule(chain.norm).weight) for m in (whole, nets))
         assert left == max(1, round(0.45 * there))
 
