@@ -2280,6 +2280,7 @@ def elastic_ticket(theta, masks, target, maps):
     """(theta, masks, fresh) of a ticket for a ResNet of another depth: remap_blocks of both, to fit the state dict `target`.
 
     A last layer for another number of classes cannot come over: it is the target's own, dense, and named in `fresh`.
+    Batch norm's statistics come along and are of another depth, so what the ticket does before it is trained says little.
     ValueError, naming the tensor, when anything else does not fit: another width, input or family."""
     theta, masks = remap_blocks(theta, maps), remap_blocks(masks, maps)
     for name in [*target, *theta]:
