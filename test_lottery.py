@@ -2203,7 +2203,7 @@ def empty(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("argv, words", [
-    ("--method imp2", ["imp2", "dense, static, sdst, ddst, imp, ticket, transfer, magnitude, snip, grasp, earlybird"]),
+    ("--method imp2", ["imp2", "dense, static, sdst, ddst, imp, ticket, transfer, elastic, magnitude, snip, grasp, earlybird"]),
     *([] if torch.cuda.is_available() else [("--amp", ["--amp", "CUDA", "bfloat16", "cpu"])]),
     ("--method earlybird --density 0.4", ["--density", "--channels"]), ("--method earlybird --model linear_ae", ["linear_ae", "batch norm", "every other model"]),
     ("--method magnitude --model vae --density 1e-4 --width .05", ["cannot keep", "layers alive"]),
