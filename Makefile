@@ -9,7 +9,7 @@ venv: .venv/ready
 demo: venv
 	.venv/bin/python lottery.py
 # Two halves of one file, side by side: most tests use one core.
-RUNS = command or killed or bird or export or labels or twenty
+RUNS = command or killed or bird or export or measured or labels or twenty
 test: venv
 	$(MAKE) -j2 --output-sync=target test-runs test-parts
 test-runs:
