@@ -2651,7 +2651,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(prog="lottery.py", allow_abbrev=False,
                                      description="Sparse training of GANs, and winning tickets of GANs, autoencoders and classifiers.",
                                      epilog="On shapes, the default data set, a preset replaces steps, width, batch size "
-                                            "and rounds (sngan: n-critic and lr too): up to three minutes a training on two cores. The same "
+                                            "and rounds (sngan: n-critic and lr too): made for minutes on two cores. The same "
                                             "command again continues a run that was cut off.")
     add = parser.add_argument
     add("--method", help=f"{', '.join(METHODS)} (default ddst)")
