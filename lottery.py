@@ -1643,7 +1643,7 @@ def load_ticket(path, device="cpu"):
     try:
         theta, masks, s = ticket["theta"], ticket["masks"], ticket["settings"]
         wrong = [name for name, m in masks.items() if m.dtype != torch.bool or m.shape != theta[name].shape]
-        numbers = ("seed", "width", "image_size", "z", "steps", "batch_size", "lr", "n_critic", "beta", "rewind_step")
+        numbers = ("seed", "width", "image_size", "z", "steps", "batch_size", "lr", "ema", "n_critic", "beta", "rewind_step")
         sound = (masks and {"round", "density", "metrics"} <= set(ticket) and isinstance(s["model"], str) and isinstance(s["dataset"], str)
                  and isinstance(s["prune"], list) and all(isinstance(s.get(n), (int, float, type(None))) for n in numbers)
                  and all(isinstance(value, torch.Tensor) for value in theta.values()))
@@ -2639,7 +2639,7 @@ READ_BY = {                         # flags that only some methods read; a flag 
     "order": ("elastic",), "map": ("elastic",),
 }
 READ_BY_MODEL = {                   # and by some models
-    "density_D": GANS, "n_critic": GANS, "ratio_every": GANS, "beta": VAES,
+    "density_D": GANS, "n_critic": GANS, "ratio_every": GANS, "ema": GANS, "beta": VAES,
     "z": tuple(m for m in MODELS if m not in CLASSIFIERS), "features": SAMPLED, "inception_weights": SAMPLED, "eval_images": SAMPLED,
 }
 FOR_EVALUATE, FOR_EXPORT = {"evaluate", "device", "data", "workers", *EVALUATION}, {"export"}
@@ -2671,6 +2671,7 @@ def parse(argv):
     add("--beta", type=float, help="vae, resnet_vae: weight of the KL term (default 1)")
     add("--n-critic", type=int, help="steps of D per step of G (default by model)")
     add("--lr", type=float, help="learning rate (default by model)")
+    add("--ema", type=float, help="longest decay of the average of G's weights that is measured and kept, 0: no average (default: sngan 0.999, other GANs 0)")
     add("--amp", action="store_true", default=None, help="forward passes of the training in bfloat16, on CUDA only")
     add("--workers", type=int, help="imagenet, or a folder of classes: processes that decode images (default: as many as processors, at most 8)")
     add("--checkpoint-s", type=float, help="seconds between checkpoints (default 120)")
@@ -2787,6 +2788,8 @@ def resolve(given):
                          f"pass at most {s['window']}")
     if not 0 < s["lr"] < math.inf:
         raise ValueError(f"--lr is a positive number; got {s['lr']}")
+    if not 0 <= s.get("ema", 0) < 1:
+        raise ValueError(f"--ema is the decay of an average, 0 <= ema < 1; got {s['ema']}")
     if not 0 <= s.get("beta", 0) < math.inf:
         raise ValueError(f"--beta is a number, at least 0; got {s['beta']}")
     if not 0 <= s["gamma_l1"] < math.inf:
@@ -2860,7 +2863,7 @@ def inherited(given, method):
             raise ValueError(f"--ticket {path} is of a {s['model']}, which fits --model {', '.join(family)}; got {given['model']}")
         names += ["steps", "batch_size", "lr", "rewind_step", "prune"]
     elif method == "ticket":
-        names += ["model", "z", "steps", "batch_size", "lr", "n_critic", "beta", "rewind_step", "prune"]
+        names += ["model", "z", "steps", "batch_size", "lr", "ema", "n_critic", "beta", "rewind_step", "prune"]
     elif "model" not in given:
         raise ValueError(f"--method transfer needs --model, the model that the ticket of a {s['model']} goes into")
     elif given["model"] in MODELS and "z" in MODELS[given["model"]]:
@@ -3471,7 +3474,8 @@ def print_header(job):
               f"{sum(p.numel() for p in prunable_parameters(net).values()):,} of them prunable"
               + (f", {100 * shares[f'density_{role}']:.1f}% kept" if job.masks else ""))
     print(f"  {s['steps']:,} steps x {f'{n} batches' if (n := s.get('n_critic')) else 'a batch'} of {s['batch_size']}, lr {s['lr']:g}, "
-          f"{s['objective']}" + (f", {'G' if 'G' in nets else 'each layer'}'s mask moves every {s['update_every']} steps by {s['grow']}" if s["update_every"] else "")
+          f"{s['objective']}" + (f", G averaged up to {s['ema']:g}" if s.get("ema") else "")
+          + (f", {'G' if 'G' in nets else 'each layer'}'s mask moves every {s['update_every']} steps by {s['grow']}" if s["update_every"] else "")
           + (f", D's may change every {s['update_every_D']} from step {s['first_D']}, band {s['band'][0]:g} to {s['band'][1]:g}, "
              f"at most {100 * s['max_density_D']:g}%" if s["method"] == "ddst" else ""))
 

@@ -2221,6 +2221,7 @@ def empty(tmp_path, monkeypatch):
     ("--method imp --density-D 0.5", ["--density-D"]), ("--method imp --density 2", ["(0, 1]"]), ("--method imp --rewind-step -1", ["--rewind-step"]),
     ("--method ticket --ticket none.pt", ["none.pt", "no such file"]), ("--method ticket --ticket .", ["no folder of a finished imp run"]),
     ("--method dense --model vae --n-critic 2", ["--n-critic", "vae", "sngan"]), ("--method dense --model dcgan --beta 2", ["--beta", "vae"]),
+    ("--ema 1", ["--ema", "0 <= ema < 1", "got 1"]), ("--ema nan", ["--ema"]), ("--method dense --model vae --ema 0.9", ["--ema", "sngan, dcgan"]),
     ("--method dense --model vae --beta nan", ["--beta"]), ("--method dense --model resnet20 --z 3", ["--z"]),
     ("--method dense --model ae --features inception", ["--features"]), ("--method dense --model resnet20 --dataset celeba", ["labels", "cifar10"]),
     ("--method dense --model vae --image-size 40", ["32, 48 or 64"]), ("--model resnet20 --method ddst", ["resnet20", "sngan", "dcgan"]),
@@ -2767,14 +2768,26 @@ def test_an_autoencoder_without_held_out_images_is_refused(empty, capsys):
     refused(capsys, "--method dense --model ae --dataset own --batch-size 4".split(), "8 images", "held out")
 
 
-def test_an_average_and_its_statistics_are_rewound_with_the_weights(empty):
-    assert L.main([*TINY, "--method", "imp", "--model", "sngan", "--rounds", "1", "--steps", "6", "--rewind-step", "5", "--out", "r"]) == 0
+@pytest.mark.parametrize("model, flags, longest", [("sngan", [], 0.999), ("dcgan", ["--ema", "0.2"], 0.2)])
+def test_an_average_and_its_statistics_are_rewound_with_the_weights(empty, model, flags, longest):
+    assert L.main([*TINY, "--method", "imp", "--model", model, *flags, "--rounds", "1", "--steps", "6", "--rewind-step", "5", "--out", "r"]) == 0
     ticket = L.load_ticket("r/ticket-01.pt")
     done = L.load_torch(Path("r/done-round-01.pt"))
     for name, mask in L.of_role(ticket["masks"], "G").items():
         start, live, average = ticket["theta"][f"G.{name}"] * mask, done["weights"][f"G.{name}"], done["ema"][f"G.{name}"]
-        assert torch.allclose(average, start + (live - start) * (1 - L.ema_decay(5, 0.999)), atol=1e-6)
+        assert torch.allclose(average, start + (live - start) * (1 - L.ema_decay(5, longest)), atol=1e-6)
         assert bool((average[mask == 0] == 0).all())
+    assert L.resolve(L.parse("--method ticket --ticket r/ticket-01.pt".split()))["ema"] == longest       # trained again as it was
+
+
+@pytest.mark.parametrize("model, flags, averaged", [("sngan", ["--ema", "0"], False), ("dcgan", ["--ema", "0.5"], True), ("dcgan", [], False)])
+def test_model_pt_holds_the_average_of_G_where_one_is_kept(empty, capsys, model, flags, averaged):
+    assert L.main([*TINY, "--method", "dense", "--model", model, *flags, "--steps", "3", "--out", "r"]) == 0
+    done, (nets, _) = L.load_torch(Path("r/done-dense.pt")), L.load_model("r/model.pt")
+    live, average = L.of_role(done["weights"], "G"), L.of_role(done["ema"], "G")
+    assert bool(average) == averaged == ("G averaged up to 0.5" in capsys.readouterr().out)
+    for name, weight in nets["G"].named_parameters():
+        assert torch.equal(weight, (average or live)[name]) and (not averaged or not torch.equal(weight, live[name])), name
 
 
 def test_a_measured_run_reads_back_the_same_number_and_stands_in_tables(empty, capsys):
