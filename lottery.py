@@ -3474,7 +3474,7 @@ def print_header(job):
         print(f"  {role}: {sum(p.numel() for p in net.parameters()):,} parameters, "
               f"{sum(p.numel() for p in prunable_parameters(net).values()):,} of them prunable"
               + (f", {100 * shares[f'density_{role}']:.1f}% kept" if job.masks else ""))
-    print(f"  {s['steps']:,} steps x {f'{n} batches' if (n := s.get('n_critic')) else 'a batch'} of {s['batch_size']}, lr {s['lr']:g}, "
+    print(f"  {s['steps']:,} steps x {f'{n} batches' if (n := s.get('n_critic') or 1) > 1 else 'a batch'} of {s['batch_size']}, lr {s['lr']:g}, "
           f"{s['objective']}" + (f", G averaged up to {s['ema']:g}" if s.get("ema") else "")
           + (f", {'G' if 'G' in nets else 'each layer'}'s mask moves every {s['update_every']} steps by {s['grow']}" if s["update_every"] else "")
           + (f", D's may change every {s['update_every_D']} from step {s['first_D']}, band {s['band'][0]:g} to {s['band'][1]:g}, "
