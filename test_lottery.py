@@ -2780,6 +2780,9 @@ def test_an_average_and_its_statistics_are_rewound_with_the_weights(empty, model
         assert torch.allclose(average, start + (live - start) * (1 - L.ema_decay(5, longest)), atol=1e-6)
         assert bool((average[mask == 0] == 0).all())
     assert L.resolve(L.parse("--method ticket --ticket r/ticket-01.pt".split()))["ema"] == longest       # trained again as it was
+    L.save_torch(Path("odd.pt"), {**L.load_torch(Path("r/ticket-01.pt")), "settings": {**ticket["settings"], "ema": "much"}})
+    with pytest.raises(ValueError, match="odd.pt is no ticket"):
+        L.load_ticket("odd.pt")
 
 
 @pytest.mark.parametrize("model, flags, longest", [("sngan", ["--ema", "0"], 0), ("dcgan", ["--ema", "0.5"], 0.5), ("dcgan", [], 0.99)])   # on shapes
