@@ -2,28 +2,24 @@
 """Lottery tickets and sparse training for generative models, in one file.
 
 Result   DDST on the built-in pictures, G with 30 % of its weights: FD-random-2k 0.056 (untrained
-         0.836, dense 0.038, real against real 0.004) at 51 % of dense training's MACs;
-         seed 0, 173 s on two CPU cores.
-         A linear autoencoder of Fashion-MNIST with 11 % of its weights: held-out error 0.092
-         (dense 0.090; random ticket 0.109, shuffled mask 0.109); seed 0.
+         0.836, dense 0.038, real against real 0.004), 162 s on two CPU cores. A linear autoencoder
+         of Fashion-MNIST with 11 % of its weights: held-out error 0.092 (dense 0.090; random
+         ticket 0.109, shuffled mask 0.109). Seed 0.
 Contents 1. DATA  2. MODELS  3. MASKS  4. OBJECTIVES  5. TRAINING  6. SCORES  7. TICKETS
          8. EARLY BIRD  9. DYNAMIC SPARSE TRAINING  10. ELASTIC TICKETS
          11. METRICS  12. COMMAND LINE                        (search for "# 3. MASKS")
-Legend   B batch   c image channels   S side of an image, pixels   w base channels
-         z latent size   G generator   D discriminator   m mask, 1 = keep
-         d density, share of weights kept, 0..1; a step is one update of G
-         Images are in [-1, 1] in networks and uint8 in memory.
+Legend   B batch   c image channels   S side of an image, pixels   w base channels   z latent size
+         G generator   D discriminator   m mask, 1 = keep   d density, share of weights kept, 0..1
+         A step is one update of G. Images are in [-1, 1] in networks and uint8 in memory.
 
 Run      python lottery.py                                    built-in pictures, minutes on a CPU
          python lottery.py --method ddst --dataset celeba     the paper's size: for a GPU
          python lottery.py --method imp --controls            is there a winning ticket?
-Papers   Lee et al., SNIP, ICLR 2019, arXiv 1810.02340
-         Wang, Zhang, Grosse, GraSP, ICLR 2020, arXiv 2002.07376
-         Wang et al., Balanced Training for Sparse GANs, NeurIPS 2023, arXiv 2302.14670
-         Evci et al., Rigging the Lottery, ICML 2020, arXiv 1911.11134 (RigL, ERK)
-         Kalibhat et al., Winning Lottery Tickets in Deep Generative Models, AAAI 2021, 2010.02350
-         You et al., Drawing Early-Bird Tickets, ICLR 2020, arXiv 1909.11957
+Papers   Kalibhat et al., Winning Lottery Tickets in Deep Generative Models, AAAI 2021, 2010.02350
          Chen et al., The Elastic Lottery Ticket Hypothesis, NeurIPS 2021, arXiv 2103.16547
+         Wang et al., Balanced Training for Sparse GANs, NeurIPS 2023, arXiv 2302.14670
+         You et al., Early-Bird Tickets, 1909.11957; Evci et al., RigL and ERK, 1911.11134
+         Lee et al., SNIP, 1810.02340; Wang, Zhang & Grosse, GraSP, 2002.07376
 """
 import argparse, collections, concurrent.futures, contextlib, copy, csv, functools, hashlib, io
 import itertools, json, math, os, platform, re, sys, textwrap, time, types
@@ -36,9 +32,8 @@ import torch.nn.functional as F
 from torch import nn
 
 # ==================================================================================================
-# 1. DATA: every image set becomes one uint8 tensor (N, C, H, W) in memory; only a classifier's
-#    folders, which may be ImageNet, are a stream. A batch is a function of (seed, position), so
-#    no loader's state is saved.
+# 1. DATA: every image set becomes one uint8 tensor (N, C, H, W); only a classifier's folders, maybe
+#    ImageNet, are a stream. A batch is a function of (seed, position): no loader's state is saved.
 
 # Native size, channels, may be mirrored (a mirrored 7 is not a 7), classes (0: no labels).
 DATASETS = {
@@ -55,7 +50,6 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tif
 
 def rng(seed, step, purpose, k=0):
     """A fresh CPU generator for one draw: randomness is a function of (seed, step, purpose, k).
-
     Nothing here draws from torch's global generator. That is why a run that was cut off needs no
     random state to continue, why evaluating more often changes no weight, and why a CPU and a GPU
     see the same batches. sha256 and not hash(): Python salts hash() anew in every process."""
@@ -80,7 +74,6 @@ def import_torchvision():
 
 def shapes(count, size=32, seed=0):
     """`count` pictures of one large bright circle, square or triangle on a dark ground.
-
     Returns uint8 images (count, 3, size, size) and labels (count,): 0 circle, 1 square, 2 triangle.
     Image i depends on (seed, i) alone. Edges are soft over a pixel, as in a photograph: a hard edge
     is a texture that the discriminator reads and the generator cannot draw."""
@@ -126,7 +119,6 @@ def decode_image(path, size, crop=None):
 @functools.lru_cache(maxsize=1)  # asked for the training part, then for the held-out one
 def decode_folder(folder, size, crop=None):
     """All images below `folder` as uint8 (N, 3, size, size), by decode_image.
-
     A file that cannot be read is named, skipped and counted. From 1,000 images on the result is
     kept beside the folder as NAME-SIZE-DIGEST.npy. The digest is of the listing (names, lengths,
     times), so a changed folder is decoded again and an old cache is never mistaken for it."""
@@ -153,8 +145,7 @@ def decode_folder(folder, size, crop=None):
             with contextlib.suppress(OSError):  # may not write there: decode every time
                 write_atomically(cache, lambda file: np.save(file, images))
     if len(images) < len(paths):
-        missing = len(paths) - len(images)
-        print(f"{missing} of {len(paths)} images cannot be read and are left out")
+        print(f"{len(paths) - len(images)} of {len(paths)} images cannot be read and are left out")
     return torch.from_numpy(images)
 
 def write_atomically(path, write):
@@ -168,7 +159,7 @@ def write_atomically(path, write):
     os.replace(temporary, path)
 
 def resize(images, size):
-    """uint8 (N, C, H, W) to (N, C, size, size), antialiased bilinear; the same tensor if it fits."""
+    """uint8 (N, C, H, W) to (N, C, size, size), antialiased bilinear."""
     if images.shape[-2:] == (size, size):
         return images
     parts, how = [], dict(size=(size, size), mode="bilinear", antialias=True)
@@ -178,22 +169,21 @@ def resize(images, size):
 
 def load_images(name, root="data", size=None, train=True, labelled=False):
     """uint8 images (N, C, size, size) and int64 labels (N,) of the training or held-out part.
-
     name      one of DATASETS but imagenet, or the path of a folder of images (labels are all 0)
     root      where the sets lie, in torchvision's folder layout; torchvision fetches what it can
     labelled  of STL-10 take the 5,000 images with labels, not the 100,000 without
-    CelebA and plain folders have no test part: the last 10 % of a seeded permutation are held out."""
+    CelebA and plain folders have no test part: a tenth of a seeded permutation is held out."""
     size = size or DATASETS.get(name, DATASETS["folder"])["image_size"]
     if name == "shapes":
         return shapes(10_000, size, seed=0) if train else shapes(2_000, size, seed=1)
     if name in ("mnist", "fashion_mnist", "cifar10", "stl10"):
         return load_torchvision_set(name, Path(root), size, train, labelled)
-    folder, crop, hint = Path(name), None, f"--dataset takes {', '.join(DATASETS)} or a path"
+    folder, crop = Path(name), None
     if name == "celeba":
         folder, crop = Path(root) / "celeba" / "img_align_celeba", 178
-        hint = "unzip img_align_celeba.zip there, mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
     if not folder.is_dir():
-        raise ValueError(f"no folder {folder}; {hint}")
+        known = f"{', '.join(DATASETS)} or a path (celeba: unzip its img_align_celeba.zip there)"
+        raise ValueError(f"no folder {folder}; a data set is {known}")
     images = decode_folder(folder, size, crop)
     order = torch.randperm(len(images), generator=rng(0, 0, "held-out split"))
     border = len(images) - len(images) // 10
@@ -236,7 +226,6 @@ class ImageStream(torch.utils.data.Dataset):
     change no number. To be measured: the shorter side resized to 256/224 of `size`, the centre cut
     out. To train on: a random part (area .1 to 1, ratio .8 to 1.25, resized), mirrored at random, a
     function of (seed, epoch, index). Chen et al. 2021."""
-
     def __init__(self, folder, size, workers=0):
         torchvision = import_torchvision()
         t = torchvision.transforms
@@ -257,11 +246,12 @@ class ImageStream(torch.utils.data.Dataset):
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"cannot read {path} ({error})") from None
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-            transform = self.centre
             if isinstance(item, tuple):
-                torch.manual_seed(rng(item[0], item[1], "augment", item[2]).initial_seed())
-                transform = self.random
-            return torch.from_numpy(np.array(transform(image))).permute(2, 0, 1)
+                torch.manual_seed(rng(*item[:2], "augment", item[2]).initial_seed())
+                image = self.random(image)
+            else:
+                image = self.centre(image)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def load(self, lists):  # uint8 (n, 3, size, size) for each list of n items, decoded ahead
         how = dict(num_workers=self.workers, generator=torch.Generator())  # not the global one
@@ -277,6 +267,7 @@ class ImageStream(torch.utils.data.Dataset):
             for place in itertools.count(position, size):
                 index = batch_index(count, place, size, seed).tolist()
                 yield [(seed, (place + k) // count, i) for k, i in enumerate(index)]
+
         if self.due != (position, size, seed):  # the first, or not the one after the last
             self.ahead = self.load(items(len(self)))
         self.due = (position + size, size, seed)
@@ -307,8 +298,8 @@ def batch_index(count, position, size, seed):
     return torch.cat(parts)
 
 def balanced_index(labels, count, generator):
-    """(count,) int64: places of `count` images in random order, from the classes of `labels` (N,) as
-    equally as class sizes allow. (In class order a batch norm would see one class at a time.)"""
+    """(count,) int64: places of `count` images in random order, from the classes of `labels` (N,)
+    as equally as class sizes allow. (In class order a batch norm would see one at a time.)"""
     order = torch.randperm(len(labels), generator=generator)
     rank = torch.zeros(len(labels))
     for label in labels.unique():
@@ -319,7 +310,6 @@ def balanced_index(labels, count, generator):
 
 def batch(images, position, size, seed, flip=False, device=None, crop=0):
     """The images at batch_index, in [-1, 1], mirrored and shifted at random.
-
     images (N, C, H, W) uint8 -> (size, C, H, W) float32 on `device`. crop: shifted by up to so many
     pixels each way, black coming in at the edge (He et al. 2016: pad 4, cut 32 x 32 out). An
     ImageStream mirrors and cuts in its own way."""
@@ -333,8 +323,7 @@ def batch(images, position, size, seed, flip=False, device=None, crop=0):
         real = torch.where(mirrored.to(real.device), real.flip(-1), real)
     if crop:
         B, C, H, W = real.shape
-        generator = rng(seed, position, "crop")
-        dy, dx = torch.randint(2 * crop + 1, (2, B, 1, 1, 1), generator=generator)
+        dy, dx = torch.randint(2 * crop + 1, (2, B, 1, 1, 1), generator=rng(seed, position, "crop"))
         rows, columns = dy + torch.arange(H).view(H, 1), dx + torch.arange(W)
         which, channel = torch.arange(B).view(B, 1, 1, 1), torch.arange(C).view(C, 1, 1)
         real = F.pad(real, (crop,) * 4, value=-1)[which, channel, rows, columns]
@@ -351,13 +340,12 @@ def latents(count, z, seed, step, purpose, k=0, device="cpu"):
 # ==================================================================================================
 # 2. MODELS: two families of trunks, each an encoder (also: discriminator) and a decoder (also:
 #    generator), at 32, 48 and 64 pixels. The class and the names inside are the same in every role,
-#    so a ticket of one can be tried in the other. Beside them a small linear autoencoder, the
-#    residual classifiers for CIFAR, and torchvision's for ImageNet.
+#    so a ticket of one can be tried in the other. Beside them a linear autoencoder and ResNets.
 
 # Objective and defaults. g_batches: G's batch in batches of D. ema: longest decay of the average of
 # G's weights, 0 = none. clip: D's weights stay in [-clip, clip], 0 = off. rewind_step: at most a
 # tenth of the steps. crop: pixels that a training image is shifted by.
-BASE = dict(optimizer="adam", z=64, crop=0, rewind_step=10, ema=0.0)
+BASE = dict(optimizer="adam", z=64, crop=0, rewind_step=10, ema=0.0, g_batches=0)
 GAN = BASE | dict(roles=["G", "D"], n_critic=1, g_batches=1, clip=0.0, batch_size=64)
 DCGAN = GAN | dict(objective="non-saturating", lr=2e-4, betas=(0.5, 0.999), steps=50_000)
 SNGAN = GAN | dict(objective="hinge", lr=2e-4, betas=(0.0, 0.9), steps=100_000)
@@ -368,9 +356,9 @@ WGAN |= dict(n_critic=5, optimizer="rmsprop", clip=0.01, scope="network")
 AE = BASE | dict(roles=["encoder", "decoder"], objective="reconstruction", batch_size=128)
 AE |= dict(lr=1e-3, betas=(0.9, 0.999), steps=40_000)
 VAE = AE | dict(objective="variational", beta=1.0)  # beta-VAE: --beta 4
-RESNET = dict(roles=["net"], objective="cross-entropy", optimizer="sgd", lr=0.1)
-RESNET |= dict(betas=(0.9, 0.0), steps=62_560, batch_size=128, crop=4, ema=0.0)
-RESNET |= dict(rewind_step=1000, schedule={})
+RESNET = BASE | dict(roles=["net"], objective="cross-entropy", optimizer="sgd", lr=0.1, z=None)
+RESNET |= dict(betas=(0.9, 0.0), steps=62_560, batch_size=128, rewind_step=1000)
+RESNET |= dict(crop=4, schedule={})
 IMAGENET = RESNET | dict(lr=0.4, steps=112_680, batch_size=1024, rewind_step=6_260)
 IMAGENET |= dict(schedule=dict(drops=(30 / 90, 60 / 90, 80 / 90), warmup=5 / 90))  # 90 epochs
 # Blocks per stage of torchvision's ResNets; resnet26 is Chen et al.'s, between the other two.
@@ -392,28 +380,25 @@ SAMPLED = (*GANS, *VAES)  # have samples, and so a distance
 CLASSIFIERS = tuple(name for name in MODELS if name not in (*SAMPLED, "linear_ae", "ae"))
 # On shapes: what a CPU trains in minutes. At their own lr two thousand steps of sngan or dcgan
 # give blobs, and without an average dcgan's last step is a draw of luck.
-SHAPES_GAN = dict(width=0.125, batch_size=16, steps=2000)
-SHAPES_AE = dict(width=0.25, batch_size=64, steps=1000)
+SMALL = dict(width=0.125, batch_size=16, steps=2000)
 SHAPES_PRESET = {
-    **dict.fromkeys(GANS, SHAPES_GAN),
-    **dict.fromkeys(("linear_ae", "ae", *VAES), SHAPES_AE),
+    **dict.fromkeys(MODELS, dict(width=0.25, batch_size=64, steps=1000)),
     **dict.fromkeys(CLASSIFIERS, dict(width=0.5, batch_size=64, steps=400)),
     **dict.fromkeys(STAGES, dict(batch_size=64, steps=400)),
-    "sngan": SHAPES_GAN | dict(n_critic=1, lr=1e-3),
-    "dcgan": SHAPES_GAN | dict(lr=2e-3, ema=0.99),
+    **dict.fromkeys(GANS, SMALL),
+    "sngan": SMALL | dict(n_critic=1, lr=1e-3),
+    "dcgan": SMALL | dict(lr=2e-3, ema=0.99),
 }
 
 class Encoder(nn.Module):
     """Strided convolutions, image to vector: c-w-2w-4w-8w (kernel 4, stride 2, padding 1), then one
-    as large as what is left. w is `base`, the channels after the first convolution; 64 in the paper.
-
+    as large as what is left. w is `base`, the channels of the first convolution; 64 in the paper.
     (B, channels, size, size) -> (B, out). `leaky` is the slope for negative inputs: .2 as a
     discriminator, 0 (ReLU) as an encoder. Batch norm after every convolution but the head."""
-
     def __init__(self, size, channels, base, out, leaky=0.0):
         super().__init__()
         widths = [channels, base, 2 * base, 4 * base, 8 * base]
-        pairs = list(zip(widths, widths[1:]))
+        pairs = zip(widths, widths[1:])
         self.leaky = leaky
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in pairs)
         self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths[1:])
@@ -426,11 +411,10 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """The mirror of Encoder, vector to image: (B, z) -> (B, channels, size, size) in [-1, 1]."""
-
     def __init__(self, size, channels, base, z):
         super().__init__()
         widths = [8 * base, 4 * base, 2 * base, base, channels]
-        pairs = list(zip(widths, widths[1:]))
+        pairs = zip(widths, widths[1:])
         self.z = z
         self.stem = nn.ConvTranspose2d(z, 8 * base, size // 16)
         self.norms = nn.ModuleList(nn.BatchNorm2d(a) for a in widths[:-1])
@@ -444,7 +428,6 @@ class Decoder(nn.Module):
 
 class UpBlock(nn.Module):
     """BN-ReLU-up-conv-BN-ReLU-conv beside up-1x1 conv; doubles the side. Miyato et al. 2018."""
-
     def __init__(self, cin, cout):
         super().__init__()
         self.norm1, self.norm2 = nn.BatchNorm2d(cin), nn.BatchNorm2d(cout)
@@ -459,10 +442,8 @@ class UpBlock(nn.Module):
 
 class DownBlock(nn.Module):
     """[norm]-ReLU-conv-[norm]-ReLU-conv-pool beside a 1x1 conv; halves the side when `down`.
-
     The block that sees the image has nothing before its first convolution, and its shortcut pools
     before the 1x1 (a third of the work; elsewhere the 1x1 comes first, as published)."""
-
     def __init__(self, cin, cout, down, sees_image, batch_norm):
         super().__init__()
         self.down, self.sees_image = down, sees_image
@@ -488,15 +469,13 @@ def res_widths(size, width):
     else:  # 48 and 64 share a discriminator; 64 has one more up-block
         g = [512, 256, 128, 64] if size == 48 else [1024, 512, 256, 128, 64]
         d, down = [64, 128, 256, 512, 1024], [True] * 5
-    scaled = [[max(1, round(width * channels)) for channels in row] for row in (g, d)]
-    return *scaled, down
+    g, d = ([max(1, round(width * channels)) for channels in row] for row in (g, d))
+    return g, d, down
 
 class ResDecoder(nn.Module):
     """SNGAN's generator: linear to a 4x4 (48: 6x6) map, up-blocks, BN-ReLU-conv, tanh.
-
     (B, z) -> (B, channels, size, size). `width` multiplies the channels: at 1 it has the paper's
     4,276,739 parameters at 32 pixels and 4,878,083 at 48 (Wang et al. 2023; Miyato et al. 2018)."""
-
     def __init__(self, size, channels, width, z):
         super().__init__()
         widths, _, _ = res_widths(size, width)
@@ -507,8 +486,7 @@ class ResDecoder(nn.Module):
         self.head = nn.Conv2d(widths[-1], channels, 3, padding=1)
 
     def forward(self, z):                                # (B, z)
-        x = self.stem(z)
-        x = x.unflatten(1, (-1, self.bottom, self.bottom))  # (B, w, 4, 4)
+        x = self.stem(z).unflatten(1, (-1, self.bottom, self.bottom))
         for block in self.blocks:
             x = block(x)
         return self.head(F.relu(self.norm(x))).tanh()    # (B, c, S, S)
@@ -516,11 +494,9 @@ class ResDecoder(nn.Module):
 class ResEncoder(nn.Module):
     """SNGAN's discriminator trunk: down-blocks, ReLU, pool over space, linear. No norm of its own,
     or batch norm; `build` puts spectral norm on it. (B, channels, size, size) -> (B, out).
-
-    As published: at 32 pixels the pool is a sum and the linear layer has no bias (1,053,824
-    parameters), at 48 a mean and a bias (19,542,721). With batch norm it is always a mean: a sum of
-    64 positions would start a VAE at a log-variance of 14."""
-
+    As published: at 32 pixels the pool is a sum, the linear layer has no bias (1,053,824
+    parameters); at 48 a mean, a bias (19,542,721). With batch norm always a mean: a sum of 64
+    positions would start a VAE at a log-variance of 14."""
     def __init__(self, size, channels, width, out, batch_norm=False):
         super().__init__()
         _, widths, down = res_widths(size, width)
@@ -528,8 +504,7 @@ class ResEncoder(nn.Module):
         self.sum_pool = size == 32 and not batch_norm
         self.blocks = nn.ModuleList()
         for i, halve in enumerate(down):
-            block = DownBlock(widths[i], widths[i + 1], halve, i == 0, batch_norm)
-            self.blocks.append(block)
+            self.blocks.append(DownBlock(*widths[i : i + 2], halve, i == 0, batch_norm))
         self.norm = nn.BatchNorm2d(widths[-1]) if batch_norm else nn.Identity()
         self.head = nn.Linear(widths[-1], out, bias=not self.sum_pool)
 
@@ -542,7 +517,6 @@ class ResEncoder(nn.Module):
 class Linears(nn.Module):
     """Linear layers with ReLU between. Encoder: images -> (B, widths[-1]). With `shape` (c, S, S) a
     decoder: (B, z) -> images of that shape, in [-1, 1]."""
-
     def __init__(self, widths, shape=None):
         super().__init__()
         self.z, self.shape = widths[0], shape
@@ -558,7 +532,6 @@ class Linears(nn.Module):
 class BasicBlock(nn.Module):
     """conv-BN-ReLU-conv-BN beside the identity, or beside a 1x1 conv and BN where the shape changes
     (option B of He et al. 2016). (B, cin, s, s) -> (B, cout, s / stride, s / stride)."""
-
     def __init__(self, cin, cout, stride):
         super().__init__()
         self.conv1 = nn.Conv2d(cin, cout, 3, stride, 1, bias=False)
@@ -577,7 +550,6 @@ class BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
     """Classifier of small images, depth 6n + 2: three stages of n blocks, 16, 32, 64 channels wide.
     (B, channels, S, S) -> logits (B, classes). Names as in the code of Chen et al. 2021."""
-
     def __init__(self, depth, width, channels, classes):
         super().__init__()
         w = [max(1, round(width * stage)) for stage in (16, 32, 64)]
@@ -600,8 +572,7 @@ def build_classifier(model, width, channels, classes):
     """{"net"}: a CIFAR ResNet or torchvision's, initialised as Chen et al. 2021 do."""
     if model in STAGES:
         models = import_torchvision().models
-        block, stages = models.resnet.BasicBlock, list(STAGES[model])
-        net = models.ResNet(block, stages, num_classes=classes)
+        net = models.ResNet(models.resnet.BasicBlock, STAGES[model], num_classes=classes)
         if channels != 3:
             net.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
     else:
@@ -629,8 +600,7 @@ def build_pair(model, size, channels, width, z):
         decoder = ResDecoder(size, channels, width, z)
         encoder = ResEncoder(size, channels, width, out, batch_norm=model != "sngan")
     for net in (decoder, encoder) if model == "sngan" else ():
-        layers = [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-        for layer in layers:
+        for layer in [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]:
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
@@ -640,14 +610,11 @@ def build_pair(model, size, channels, width, z):
 
 def build(model, size=32, channels=3, width=1.0, z=None, seed=0, classes=10, draw=0):
     """nn.ModuleDict of a freshly initialised model: {"G", "D"}, {"encoder", "decoder"} or {"net"}.
-
     G, decoder: latents (B, z) -> images; D: images -> (B, 1) logits; encoder: images -> (B, z), or
-    for a VAE (B, 2z), mean and log-variance; net: images -> (B, classes) logits. `width` multiplies
-    all channel counts. Initialised under a seed of its own, the caller's random state stays as it
-    is; draw 1, 2, ... of the same seed are other weights. sngan: Xavier uniform weights, zero
-    biases; classifiers: Kaiming normal weights, batch norm's scale uniform in 0..1; others
-    PyTorch's default. Convolution weights lie in memory channels last: a CPU's step is a quarter
-    shorter."""
+    for a VAE (B, 2z), mean and log-variance; net: images -> (B, classes) logits. Initialised under
+    a seed of its own, the caller's random state stays; draw 1, 2, ... are other weights. sngan:
+    Xavier uniform, zero biases; classifiers: Kaiming normal, batch norm's scale uniform in 0..1;
+    others PyTorch's default. Weights lie channels last: a CPU's step is a quarter shorter."""
     trunks = model not in CLASSIFIERS and model != "linear_ae"
     if size not in (32, 48, 64) if trunks else not 8 <= size <= 1024:
         sizes = "32, 48 or 64" if trunks else "8 to 1024"
@@ -669,9 +636,8 @@ def build(model, size=32, channels=3, width=1.0, z=None, seed=0, classes=10, dra
 
 def prunable_modules(model):
     """(name of the raw weight, module) of every Conv2d, ConvTranspose2d and Linear of any model.
-
-    First and last layers too. Under spectral norm it is the raw tensor that is trained and stored:
-    a mask on the normalised weight would be gone at the next forward."""
+    Under spectral norm it is the raw tensor that is trained and stored: a mask on the normalised
+    weight would be gone at the next forward."""
     for path, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             own = {name for name, _ in module.named_parameters()}
@@ -694,11 +660,9 @@ def prunable_parameters(model):
 
 def keep_top(scores, k):
     """Bool mask of exactly k True at the largest entries of the flat tensor `scores`.
-
     Everything strictly above the k-th value, then ties by position. So an all-equal tensor keeps
-    its first k; `scores >= value`, which public code uses, would keep all of it. topk will not do
-    (its order among ties is not that of positions), and a sort takes about nine times as long as
-    kthvalue (11 million scores on a CPU)."""
+    its first k; `scores >= value`, which public code uses, would keep all of it. (topk orders ties
+    otherwise; a sort takes nine times as long as kthvalue, 11 million scores on a CPU.)"""
     n = scores.numel()
     if torch.isnan(scores).any():
         raise ValueError("scores hold NaN, which has no rank; find the step where it arose")
@@ -712,15 +676,13 @@ def keep_top(scores, k):
 
 def prune_masks(scores, density, masks=None, scope="global", keep_best=False):
     """Masks that keep round(density x N) weights of largest score, at least one.
-
     scores     {name: tensor}, larger = keep; |weight| for magnitude pruning
     density    share of all N weights kept, in (0, 1]
     masks      what is pruned already: ranks below every survivor, so masks are nested even where a
                survivor scores 0. Han et al. 2015; Frankle & Carbin 2019 for the pool
-    scope      "global": all tensors in one pool of N; "network": a pool for each name up to its
-               first dot; "layer": each tensor by itself
-    keep_best  the best survivor of each tensor always stays, so no layer is emptied: an empty layer
-               cuts the network in two, and its spectral norm is 0/0"""
+    scope      "global": one pool; "network": one for each name up to its first dot; "layer"
+    keep_best  the best survivor of each tensor always stays: an empty layer cuts the network in
+               two, and its spectral norm is 0/0"""
     if not 0 < density <= 1:
         raise ValueError(f"density is the share of weights kept, in (0, 1]; got {density}")
     if scope != "global":
@@ -753,12 +715,10 @@ def split_like(flat, tensors):
 
 def erk_densities(shapes, density):
     """{name: density} by the Erdos-Renyi-Kernel rule: small layers keep more. shapes {name: shape}
-
     density_l = eps * sum(dims_l) / prod(dims_l), capped at 1, with eps such that the mean over all
-    weights is `density`. The dims of a convolution are all four, (out, in, kh, kw); the rule is
-    symmetric, so a transposed convolution's (in, out, kh, kw) is the same. Evci et al. 2020, RigL.
-    All layers above 1 become dense at once: what they cannot take goes to the others, so eps only
-    rises, and none of them would come back below 1. (RigL's code takes them one by one.)"""
+    weights is `density`. The dims of a convolution are all four, (out, in, kh, kw), in any order.
+    Evci et al. 2020, RigL. All layers above 1 become dense at once (RigL's code: one by one): what
+    they cannot take goes to the others, so eps only rises and none would come back below 1."""
     size = {name: math.prod(shape) for name, shape in shapes.items()}
     ratio = {name: sum(shape) / size[name] for name, shape in shapes.items()}
     dense, eps = set(), 0.0
@@ -774,7 +734,6 @@ def erk_densities(shapes, density):
 
 def exact_counts(densities, sizes, total):
     """Whole numbers near densities x sizes that add up to `total`, from 1 to the size each.
-
     Floors first; what is left goes to the largest fractions. Rounding each layer by itself misses
     the total by a few weights, and drawing each weight (the authors' code) by hundreds."""
     if not len(sizes) <= total <= sum(sizes.values()):
@@ -791,7 +750,6 @@ def exact_counts(densities, sizes, total):
 
 def random_masks(parameters, density, generator):
     """Masks of round(density x N) random weights, ERK over the layers, exact in every layer.
-
     parameters  {name: tensor}; generator: of the CPU, so that every device draws the same"""
     sizes = {name: p.numel() for name, p in parameters.items()}
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
@@ -799,8 +757,7 @@ def random_masks(parameters, density, generator):
     counts = exact_counts(erk_densities(shapes, density), sizes, total)
     flats = {name: torch.zeros(size) for name, size in sizes.items()}
     for name, flat in flats.items():
-        order = torch.randperm(len(flat), generator=generator)
-        flat[order[: counts[name]]] = 1
+        flat[torch.randperm(len(flat), generator=generator)[: counts[name]]] = 1
     return split_like(torch.cat(list(flats.values())), parameters)
 
 def erk_masks(nets, densities, seed):
@@ -850,9 +807,8 @@ def of_role(tensors, role):
 # 4. OBJECTIVES: one training step each. A step gets tensors, does its own optimizer steps and masks
 #    the weights after each of them; it reads no generator and no number that changes from step to
 #    step. It leaves the gradients where they are, dense, for whoever grows weights.
-#    amp: forward passes in bfloat16 (spectral norm's iteration too). Losses, weights, optimizers,
-#    masks, scores, the balance ratio and distances stay in float32: a loss has small differences of
-#    large numbers, and bfloat16 has three digits. Its range is float32's: no loss needs scaling.
+#    amp: forward passes in bfloat16 (spectral norm's iteration too). All else stays in float32: a
+#    loss has small differences of large numbers, and bfloat16 has three digits.
 
 def discriminator_loss(objective, real, fake):
     """What D minimises, from raw logits of real and generated images, (B, 1) each -> scalar."""
@@ -870,20 +826,17 @@ def generator_loss(objective, fake):
 
 def gan_step(G, D, optimizers, real, z_D, z_G, objective="hinge", clip=0.0, masks=None, amp=False):
     """One iteration: n_critic steps of D, then one of G.
-
     optimizers  {"G": ..., "D": ...}
     real, z_D   a batch of images (n_critic, B, c, S, S) and latents (n_critic, B, z) a step of D
     z_G         latents (B_G, z) for the step of G
     clip        > 0: D's parameters are clipped to [-clip, clip] (WGAN), then masked
     masks       {"G": {...}, "D": {...}} of masks by parameter name inside the network, or None
-
-    Returns losses {"D", "G"} and what a measurement of this iteration needs: the last real batch
-    `real`, G's latents `z` and G's images `fake` of them, made before G's step.
-    Gradients stay: D's .grad is of its last step here, G's of its own loss. G's backward stops at G
+    Returns losses {"D", "G"} and what a measurement needs: the last real batch `real`, G's latents
+    `z` and its images `fake` of them, made before its step. Gradients stay. G's backward stops at G
     (`inputs=`); otherwise its loss would leak into the gradients by which D grows."""
     masks = masks or {"G": {}, "D": {}}
-    device = real.device.type
-    autocast = functools.partial(torch.autocast, device, torch.bfloat16, enabled=amp)
+    kind = real.device.type, torch.bfloat16
+    autocast = functools.partial(torch.autocast, *kind, enabled=amp)
     for x, z in zip(real, z_D):                     # (B, c, S, S), (B, z)
         optimizers["D"].zero_grad()
         with autocast():
@@ -912,12 +865,10 @@ def gan_step(G, D, optimizers, real, z_D, z_G, objective="hinge", clip=0.0, mask
 
 def autoencoder_losses(nets, x, noise=None, beta=1.0, amp=False):
     """{"error"} or, given noise, {"error", "KL"} (beta times KL): scalars whose sum is minimised.
-
     nets {"encoder", "decoder"}; x (B, c, S, S); noise (B, z), standard normal.
     AE: squared error, mean over everything. VAE (Kingma & Welling 2014): squared error summed over
     the pixels, and beta KL(q(z|x) || N(0, 1)) summed over z, each the mean over the batch. Sum, not
-    mean: beside a mean over thousands of pixels the KL term wins, and the code collapses to the
-    prior."""
+    mean: beside a mean over all pixels the KL term wins, and the code collapses to the prior."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
         code = nets["encoder"](x).to(x.dtype)       # (B, z), or (B, 2z)
         if noise is not None:
@@ -932,7 +883,6 @@ def autoencoder_losses(nets, x, noise=None, beta=1.0, amp=False):
 
 def autoencoder_step(nets, optimizers, x, noise=None, beta=1.0, masks=None, amp=False):
     """One step of an autoencoder or, given noise, of a variational one.
-
     nets   {"encoder", "decoder"} and an optimizer each; x, noise, beta see autoencoder_losses
     masks  flat, "decoder.stem.weight", or None"""
     for optimizer in optimizers.values():
@@ -945,8 +895,7 @@ def autoencoder_step(nets, optimizers, x, noise=None, beta=1.0, masks=None, amp=
     return {"losses": {name: loss.detach() for name, loss in losses.items()}}
 
 def classifier_step(net, optimizer, x, labels, masks=None, amp=False):
-    """One step of a classifier by cross-entropy: x (B, c, S, S), labels (B,) int64; masks by names
-    in the net, or None."""
+    """One step of a classifier: x (B, c, S, S), labels (B,) int64; masks by names in the net."""
     optimizer.zero_grad()
     with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
         logits = net(x)
@@ -989,13 +938,11 @@ def untouched(*models):
 # 5. TRAINING: one loop for every model and method. What it is made of:
 #      draw(step)             everything that is random or read from data, as tensors; a function
 #                             of (seed, step), so a killed run goes on to the same last bit
-#      update(draws)          -> {"losses": {name: scalar}, ...}: the optimizers' steps, masks
-#                             after each; see section 4
+#      update(draws)          -> {"losses": {name: scalar}, ...}, see section 4
 #      after_step(step, out)  what a method adds: measures, then moves masks; True ends the
 #                             training. What it remembers is in `state`, saved with the checkpoint;
 #                             state["log"] stands in the metrics and on the progress line
-#      evaluate(step)         -> {column: number}
-#      Checkpoint             alone knows files
+#    evaluate(step) -> {column: number}; Checkpoint alone knows files.
 
 class Trained(NamedTuple):
     """What a training leaves beside the networks, which hold the weights."""
@@ -1019,7 +966,6 @@ def make_optimizer(kind, net, lr, betas=(0.9, 0.999)):
 @torch.no_grad()
 def ema_update_(ema, live, decay, masks):
     """ema <- decay ema + (1 - decay) live for every parameter of `ema`, then masked; buffers stay.
-
     ema, live  nn.ModuleDicts of roles; `ema` may hold fewer. masks: flat, "G.stem.weight"
     The masks matter on the step in which they change: a weight just pruned is 0 in `live`, but its
     average is not. A weight just grown enters the average from 0 (Wang et al. 2023's code)."""
@@ -1050,58 +996,53 @@ def train(
     ema=None, ema_longest=0.999, evaluate=None, eval_every=0, checkpoint=None
 ):
     """Train `nets` in place from step `start` to step `steps`; returns Trained.
-
     nets        nn.ModuleDict of roles; optimizers {role: optimizer}
     masks       {parameter name: mask}, changed in place by after_step only
     ema         nn.ModuleDict of copies of the roles that are averaged; ema_longest: longest decay
     eval_every  steps between evaluations; there is one at `start` and one at the end, too
-    checkpoint  a Checkpoint: a training that finished in its folder returns at once, one that was
-                cut off goes on. None: nothing is written
-    A loss that is not finite ends it with FloatingPointError; on CUDA every tenth is looked at,
-    because every look waits for the device."""
+    checkpoint  a Checkpoint: a finished training returns at once, one that was cut off goes on
+    A loss that is not finite ends it with FloatingPointError (on CUDA every tenth is looked at)."""
     masks, ema, state = masks or {}, ema or nn.ModuleDict(), {} if state is None else state
-    step, rows, recent, earlier = start, [], [], 0.0
+    look_every = 1 if next(nets.parameters()).is_cpu else 10
+    log_every = max(1, (steps - start) // 200)
     apply_masks_(nets, masks)  # the first forward sees the sparse network, not the dense one
     ema_update_(ema, nets, 1.0, masks)  # decay 1: the average is masked, no more
     saved = checkpoint and checkpoint.restore_(nets, ema, masks, optimizers, state)
-    if saved:
-        step, rows, recent, earlier, finished = saved
-        if finished:
-            return Trained(step, rows, earlier)
+    step, rows, recent, earlier, finished = saved or (start, [], [], 0.0, False)
+    if finished:
+        return Trained(step, rows, earlier)
 
     def add_row(numbers, seconds):
-        losses = {}
-        if recent:
-            means = torch.stack(recent).mean(0).tolist()
-            losses = {f"loss_{name}": mean for name, mean in zip(out["losses"], means)}
-        row = {"step": step, "seconds": seconds, **losses, **numbers}
-        rows.append(row | state.get("log", {}))
+        row = {"step": step, "seconds": seconds}
+        for name in recent[0] if recent else ():
+            total = sum(losses[name].item() for losses in recent)
+            row[f"loss_{name}"] = total / len(recent)
+        rows.append(row | numbers | state.get("log", {}))
         recent.clear()
 
-    shown = time.perf_counter()
     if step == start and evaluate:
         add_row(evaluate(step), 0.0)
-    first, began, end = step, time.perf_counter(), step == steps
+    first, end, began = step, step == steps, time.perf_counter()
+    shown = began
     while not end:
         draws = draw(step)
         out = update(draws)
         step += 1
-        recent.append(torch.stack(list(out["losses"].values())).float())
-        if recent[-1].device.type == "cpu" or step % 10 == 0:
+        recent.append(out["losses"])
+        if step % look_every == 0:
             check_finite(out["losses"], step, nn.ModuleDict())
         end = bool(after_step and after_step(step, out)) or step == steps
-        # A fixed decay of .999 still holds a third of the initial weights after 1,000 steps; this
-        # one is (t + 1) / (t + 10) of the step t = 0, 1, ... until it is the longest.
+        # (t + 1) / (t + 10) at first: a fixed .999 holds a third of the start for 1,000 steps.
         ema_update_(ema, nets, min(ema_longest, step / (step + 9)), masks)
         now = time.perf_counter()
         seconds = earlier + now - began
         if end or (eval_every and step % eval_every == 0):
             add_row(evaluate(step) if evaluate else {}, seconds)
-        elif (step - start) % max(1, (steps - start) // 200) == 0:
+        elif (step - start) % log_every == 0:
             add_row({}, seconds)
         if end or now - shown > 10:
             step_s, shown = (now - began) / (step - first), now
-            log = {**out["losses"], **state.get("log", {})}
+            log = out["losses"] | state.get("log", {})
             print(progress_line(step, steps, log, step_s), flush=True)
         if checkpoint and (end or checkpoint.due()):
             check_finite(out["losses"], step, nets)
@@ -1114,7 +1055,7 @@ def save_torch(path, content):
 
 def load_torch(path, device="cpu"):
     """Read a file of tensors and plain values. weights_only: a file that holds pickled code is
-    refused, not run. ValueError with the file's name for anything else than a whole file of ours."""
+    refused, not run. ValueError with the file's name for anything but a whole file of ours."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(content, dict) or content.get("format") != 1:
@@ -1130,9 +1071,8 @@ def read_json(path):
     except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"cannot read {path} ({error!r:.120}); name a finished run") from None
 
-def write_json(path, content):
-    """`content` as indented JSON, atomically."""
-    text = json.dumps(content, indent=1) + "\n"
+def write_text(path, text):
+    """A text file, atomically."""
     write_atomically(path, lambda file: file.write(text.encode()))
 
 @contextlib.contextmanager
@@ -1150,7 +1090,6 @@ def locked(folder):
 class Checkpoint:
     """What a run folder keeps of the training `name`: last.pt while it runs, done-NAME.pt when it
     has ended, metrics-NAME.csv. `every_s`: seconds between checkpoints; it changes no weight."""
-
     def __init__(self, folder, name, every_s=120.0):
         self.folder, self.name, self.every_s = folder, name, every_s
         self.written, self.good = time.perf_counter(), "none"
@@ -1189,12 +1128,11 @@ class Checkpoint:
     def save(self, step, rows, recent, seconds, finished):
         """Write the parts and the numbers; when finished as done-NAME.pt."""
         nets, ema, masks, optimizers, state = self.parts
-        text = io.StringIO()  # the table is rewritten whole: a column may appear late
-        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+        text, keys = io.StringIO(), dict.fromkeys(key for row in rows for key in row)
+        writer = csv.DictWriter(text, list(keys))  # all rows again: a column may appear late
         writer.writeheader()
         writer.writerows(rows)
-        table, encoded = self.folder / f"metrics-{self.name}.csv", text.getvalue().encode()
-        write_atomically(table, lambda file: file.write(encoded))
+        write_text(self.folder / f"metrics-{self.name}.csv", text.getvalue())
         content = {"format": 1, "name": self.name, "step": step, "rows": rows, "recent": recent}
         content |= {"seconds": seconds, "finished": finished, "state": state}
         content |= {"weights": nets.state_dict(), "ema": ema.state_dict()}
@@ -1217,11 +1155,9 @@ class Checkpoint:
 @contextlib.contextmanager
 def scoring(*models):
     """`untouched`, and scores that depend on weights and data alone.
-
-    Batch norm takes the statistics of the batch (running ones are still empty at the start),
-    everything else is in eval mode (no dropout), and every spectral norm's vectors are iterated 30
-    times from a fixed start, then still: one iteration in each forward, as in training, would score
-    with whatever vectors the last forward left."""
+    Batch norm takes the statistics of the batch (running ones are still empty at the start), all
+    else is in eval mode (no dropout), and spectral norm's vectors are iterated 30 times from a
+    fixed start, then still: one iteration a forward would score with what the last one left."""
     layers = [layer for model in models for layer in model.modules()]
     devices = {p.device for model in models for p in model.parameters() if p.is_cuda}
     with untouched(*models), torch.enable_grad(), torch.random.fork_rng(list(devices)):
@@ -1247,13 +1183,11 @@ def score_magnitude(model):
 
 def score_snip(model, loss, batches=1):
     """SNIP: |w dL/dw|, how fast the loss changes when the weight's mask leaves 1. Lee et al. 2019.
-
     loss  (k) -> scalar loss of `model` on the k-th scoring batch, without weight decay; the same at
           every call
     The absolute value is taken of the sum over batches; taken per batch it would score their noise.
-    A GAN's networks are scored apart, G by G's loss and D by D's: in a sum of both losses, which
-    pull G's weights in opposite directions, G's scores cancel, and in one pool with D's G is
-    starved."""
+    A GAN's networks are scored apart, by G's and by D's loss: in a sum of both, which pull G's
+    weights in opposite directions, G's scores cancel, and in one pool with D's G is starved."""
     weights = prunable_parameters(model)
     sums = [torch.zeros_like(w) for w in weights.values()]
     for k in range(batches):
@@ -1263,13 +1197,12 @@ def score_snip(model, loss, batches=1):
 def score_grasp(model, loss, batches=1):
     """GraSP: w (H g), how much of the squared gradient norm |g|^2 goes with the weight; H is the
     Hessian of the loss. Wang, Zhang & Grosse 2020. Arguments see score_snip.
-
     Two passes. First g, summed over the batches. Then per batch the derivative of
-    stop(g) . g_batch, which is H_batch g; without the stop both factors would be derived, and 2 H g
-    comes out. Mind the sign: the paper scores S = -w (H g) and removes the LARGEST S, so the
-    largest w (H g) stay. An absolute value, or the other end, is the classic error and prunes what
-    carries the gradient. For a classifier the paper divides the logits by 200 inside the loss, in
-    both passes: that makes probabilities nearly equal and changes the ranking, also its signs."""
+    stop(g) . g_batch, which is H_batch g; without the stop 2 H g comes out. Mind the sign: the
+    paper scores S = -w (H g) and removes the LARGEST S, so the largest w (H g) stay. An absolute
+    value, or the other end, is the classic error and prunes what carries the gradient. For a
+    classifier the paper divides the logits by 200 inside the loss, in both passes: that makes
+    probabilities nearly equal and changes the ranking, also its signs."""
     weights = prunable_parameters(model)
     tensors, last = list(weights.values()), batches - 1
     products, sums = ([torch.zeros_like(w) for w in tensors] for _ in range(2))
@@ -1292,7 +1225,6 @@ def score_grasp(model, loss, batches=1):
 def scoring_losses(nets, draw, noise, objective, beta=1.0, temperature=1.0):
     """{prefix: (k) -> loss} by which the networks of a model are scored: "G." and "D." of a GAN,
     each by its own loss; "" of other models, all networks by theirs.
-
     draw(k) -> the k-th scoring batch, images and labels; noise(k, role) -> latents for it
     temperature  divides a classifier's logits: 200 for GraSP"""
     def loss_G(k):
@@ -1318,7 +1250,7 @@ def scoring_losses(nets, draw, noise, objective, beta=1.0, temperature=1.0):
 
 def two_layer_tickets(rounds=8, rate=0.2, steps=500, seed=0):
     """The whole idea: train, prune, rewind, retrain; an autoencoder of 8 x 8 pictures, in seconds.
-    Returns a list of (share kept, held-out error of the ticket, and of its mask on other weights)."""
+    Returns [(share kept, held-out error of the ticket, and of its mask on other weights), ...]."""
     x = shapes(3000, 8, 0)[0].flatten(1).float() / 255  # (N, 192)
     unseen = shapes(1000, 8, 1)[0].flatten(1).float() / 255
 
@@ -1365,8 +1297,7 @@ def iterative_magnitude_pruning(
     """Train, keep the largest weights, rewind, repeat: a generator of Rounds. Frankle & Carbin
     2019; late rewinding Frankle et al. 2020; for generative models Kalibhat et al. 2021.
 
-    make_nets    (draw) -> nn.ModuleDict of fresh networks; draw 0 is this run's start, 1, 2, ...
-                 are other weights
+    make_nets    (draw) -> nn.ModuleDict of fresh networks; 0: this run's start, 1, 2, ...: others
     train_fn     (name, nets, masks, start, after_step, state) -> anything; trains `nets` in place
                  under `masks` from step `start` to its end, and calls after_step(steps done, out)
                  after every step. If it can be interrupted it saves `state` with its checkpoint
@@ -1376,9 +1307,8 @@ def iterative_magnitude_pruning(
     controls     per round, see train_controls
 
     Rewound are all weights and buffers (batch norm statistics, spectral norm vectors), and train_fn
-    starts at k, so learning rate schedule and data go on from k. Not rewound: the optimizers start
-    fresh, and an average of weights starts at theta_k. The weights that are ranked are the trained
-    ones, not their average. A control's result is shown and never used for a next mask."""
+    starts at k, so learning rate and data go on from k. The optimizers start fresh, an average of
+    weights at theta_k. Trained weights are ranked, not their average; controls rank nothing."""
     nets, state = make_nets(0), {}
 
     def keep_theta(step, out=None):
@@ -1400,13 +1330,11 @@ def iterative_magnitude_pruning(
         name = f"round-{k:02}"
         results = {"ticket": train_fn(name, nets, masks, rewind_step, None, {})}  # retrain
         if controls:
-            given = theta, masks, rewind_step, k, seed
-            results |= train_controls(name, make_nets, train_fn, *given)
+            results |= train_controls(name, make_nets, train_fn, theta, masks, rewind_step, k, seed)
         yield Round(k, masks, theta, results)
 
 def train_controls(name, make_nets, train_fn, theta, masks, start, draw, seed):
     """{"random": result, "shuffled": result} of the two controls of a ticket, at its density.
-
     random ticket   that very mask on other initial weights: is it the weights?
     shuffled mask   the mask permuted within layers, on the dense theta: is it the mask? (A masked
                     theta would have zeros where the permuted mask keeps.)"""
@@ -1420,19 +1348,15 @@ def train_controls(name, make_nets, train_fn, theta, masks, start, draw, seed):
     return {"random": random, "shuffled": shuffled}
 
 def round_densities(rate=0.2, rounds=None, density=None):
-    """[1 - rate, (1 - rate)^2, ...]: `rounds` of them, or with `density` down to it, the last one
-    cut to it."""
-    if density is None:
-        return [(1 - rate) ** k for k in range(1, rounds + 1)]
-    shares = [1 - rate]
-    while shares[-1] > density * (1 + 1e-9):  # 1e-9: .8 ** 3 is three rounds, not four
-        shares.append((1 - rate) ** (len(shares) + 1))
-    return [*shares[:-1], density]
+    """[1 - rate, (1 - rate)^2, ...]: `rounds` of them, or down to `density`, the last cut to it."""
+    if density is not None:  # 1e-9: .8 ** 3 is three rounds, not four
+        rounds = math.ceil(math.log(density) / math.log(1 - rate) - 1e-9)
+    shares = [(1 - rate) ** k for k in range(1, rounds + 1)]
+    return shares if density is None else [*shares[:-1], density]
 
 def verdict(dense, ticket, random=None, higher=False):
     """"wins", "matches" or "no" for a ticket's metric beside the dense network's and its random
     control's; "-" without a metric.
-
     matches: worse than dense by at most 5 % (accuracy, which is `higher` = better: half a point).
     wins: matches, and better than the random ticket. The papers judge by eye."""
     if dense is None or ticket is None:
@@ -1443,13 +1367,12 @@ def verdict(dense, ticket, random=None, higher=False):
     return "wins" if random is not None and sign * (ticket - random) > 0 else "matches"
 
 def choose_round(verdicts):
-    """Place of the sparsest winning round in a list of verdicts, else of the sparsest matching
-    one, else the last."""
+    """Place of the sparsest winning round among verdicts, else matching one, else the last."""
     rank = {"wins": 2, "matches": 1}
     return max(range(len(verdicts)), key=lambda k: (rank.get(verdicts[k], 0), k))
 
 def save_ticket(path, theta, masks, settings, number, metrics):
-    """A ticket file: the dense weights at the rewind step, the masks (bool), where they are from."""
+    """A ticket file: the dense weights at the rewind step, the masks (bool), and their origin."""
     content = {"format": 1, "settings": settings, "theta": theta, "round": number}
     content |= {"density": density(masks), "metrics": metrics}
     content["masks"] = {name: mask.bool() for name, mask in masks.items()}
@@ -1459,8 +1382,8 @@ def load_ticket(path, device="cpu"):
     """The dict of a ticket file, masks as float; runs no code. ValueError when it is damaged."""
     ticket = load_torch(path, device)
     try:
-        masks, theta = ticket["masks"], ticket["theta"]
-        masks = {name: mask.to(theta[name].dtype) for name, mask in masks.items()}
+        theta = ticket["theta"]
+        masks = {name: m.to(theta[name].dtype) for name, m in ticket["masks"].items()}
         rest = {key: ticket[key] for key in ("theta", "round", "density", "metrics")}
         return {**rest, "settings": dict(ticket["settings"]), "masks": masks}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -1471,16 +1394,13 @@ KIN = {"G": "decoder", "decoder": "G", "D": "encoder", "encoder": "D"}
 
 def transfer_ticket(theta, masks, target, roles=None):
     """A ticket into another model: decoder <-> generator, encoder <-> discriminator. Kalibhat 2021.
-
     theta, masks  the source's state dict at its rewind step, and its masks, by flat names
     target        state dict of the freshly initialised target; it is left alone
     roles         the target's networks that receive; None: all
-
     Returns (theta, masks, received): the target's state dict and masks, and the names of what was
-    copied: tensors of the same name and shape inside the role, weight and mask, norms and buffers
-    too. The rest is fresh and dense. ValueError when a receiving network gets no weight."""
-    new = {name: value.clone() for name, value in target.items()}
-    new_masks, received = {}, []
+    copied: tensors of the same name and shape inside the role, weight and mask, buffers too. The
+    rest is fresh and dense. ValueError when a receiving network gets no weight."""
+    new, new_masks, received = {name: v.clone() for name, v in target.items()}, {}, []
     for role in roles or sorted({name.split(".")[0] for name in target}):
         weights, misfit = 0, "no tensor of the ticket has the name of one in it"
         for name, value in of_role(target, role).items():
@@ -1490,8 +1410,7 @@ def transfer_ticket(theta, masks, target, roles=None):
             if source not in theta:
                 continue
             if theta[source].shape != value.shape:
-                shapes = tuple(theta[source].shape), tuple(value.shape)
-                misfit = f"{source} {shapes[0]} is not {own} {shapes[1]}"
+                misfit = f"{source} {tuple(theta[source].shape)} is not {own} {tuple(value.shape)}"
                 continue
             new[own] = theta[source].clone()
             received.append(own)
@@ -1505,16 +1424,15 @@ def transfer_ticket(theta, masks, target, roles=None):
     return new, new_masks, received
 
 # ==================================================================================================
-# 8. EARLY BIRD: whole channels instead of single weights, found in the first epochs by the scales of
-#    batch norm, and cut out: the network that is left is smaller and faster on any hardware.
+# 8. EARLY BIRD: whole channels instead of single weights, found in the first epochs by the scales
+#    of batch norm, and cut out: the network that is left is smaller and faster on any hardware.
 #    You et al. 2020; for generative models Kalibhat et al. 2021.
 
 class Chain(NamedTuple):
     """Channels that can be cut, by module names: `conv` makes them, `norm` scales them, `consumers`
     read them.
-
     Between norm and consumers each channel must go its own way and 0 must stay 0: ReLU, pooling,
-    upsampling, flatten. So a residual sum, whose channels other layers add to, is never in one."""
+    upsampling, flatten. So a residual sum, to which other layers add, is never in a chain."""
     conv: str
     norm: str
     consumers: tuple
@@ -1522,7 +1440,6 @@ class Chain(NamedTuple):
 def channel_chains(model):
     """The Chains of any model that holds our Encoder, Decoder, UpBlock, DownBlock or BasicBlock, or
     torchvision's BasicBlock.
-
     Not in a chain: image channels, latents, logits, mean and log-variance (nothing normalises
     them), sums of residual blocks, and layers without batch norm (sngan's D, linear_ae)."""
     chains = []
@@ -1533,9 +1450,8 @@ def channel_chains(model):
             convs = ["stem", *convs] if isinstance(module, Decoder) else [*convs, "head"]
             count = len(module.norms)
             found = [(convs[i], f"norms.{i}", convs[i + 1]) for i in range(count)]
-        elif isinstance(module, (UpBlock, DownBlock)):
-            if isinstance(module.norm2, nn.BatchNorm2d):
-                found = [("conv1", "norm2", "conv2")]
+        elif isinstance(module, (UpBlock, DownBlock)) and isinstance(module.norm2, nn.BatchNorm2d):
+            found = [("conv1", "norm2", "conv2")]
         elif isinstance(module, BasicBlock) or kind == ("torchvision.models.resnet", "BasicBlock"):
             found = [("conv1", "bn1", "conv2")]
         for names in found:
@@ -1549,9 +1465,8 @@ def gammas_of(model, chains):
     return {name: norm.weight.detach().abs() for name, norm in norms.items()}
 
 def channel_masks(model, fraction, chains):
-    """{chain's conv: bool (C,), True = keep}: the round(fraction x all channels) of largest |scale|,
-    one pool over all chains.
-
+    """{chain's conv: bool (C,), True = keep}: the round(fraction x all channels) of largest
+    |scale|, one pool over all chains.
     The best channel of every layer stays: an empty one would cut the network in two. Public code
     keeps what is strictly above a threshold: at the start, when all scales are equal, nothing."""
     if not chains:
@@ -1578,9 +1493,8 @@ def watch_channels(nets, chains, fraction, scope, epoch, steps, state):
     """The after_step of a training that looks for an early bird: after every epoch of `epoch` steps
     it draws the channel masks into state["channels"], the newest last, and ends the training when
     they have come to rest, or after half of `steps`. state["log"] shows the largest distance.
-
-    scope  pool of channels: "global" (published), "network" or "layer". One pool mixes layers whose
-           scales differ: of a VAE's last layers nearly nothing is left, of wgan's clipped D nothing"""
+    scope  pool of channels: "global" (published), "network", "layer". One pool mixes layers whose
+           scales differ: of a VAE's last layers nearly nothing is left, of wgan's D nothing"""
     pools = {}
     for chain in chains:
         pool = {"global": "", "network": chain.conv.split(".")[0], "layer": chain.conv}[scope]
@@ -1597,14 +1511,14 @@ def watch_channels(nets, chains, fraction, scope, epoch, steps, state):
 
     start = scales()
     state.setdefault("channels", [])
+    state.setdefault("log", {})
 
     def after_step(step, out):
         moved = (scales() - start).norm() >= 0.01 * start.norm()  # before that they rank nothing
         if step % epoch == 0 and moved:
             state["channels"] = [*state["channels"], draw()][-5:]
             state["found"], distances = early_bird(state["channels"])
-            distance = {"mask_distance": max(distances, default=1.0)}
-            state["log"] = {**state.get("log", {}), **distance}
+            state["log"] = state["log"] | {"mask_distance": max(distances, default=1.0)}
         if 2 * step >= steps and not state["channels"]:
             state["channels"] = [draw()]
         return state.get("found", False) or 2 * step >= steps
@@ -1635,7 +1549,7 @@ def channel_slices(model, masks, chains):
         slices.setdefault(f"{chain.conv}.weight", []).append((out, index))
         if conv.bias is not None:
             slices[f"{chain.conv}.bias"] = [(0, index)]
-        for name, value in (*norm.named_parameters(), *norm.named_buffers()):
+        for name, value in norm.state_dict().items():
             if value.dim():
                 slices[f"{chain.norm}.{name}"] = [(0, index)]
         for name in chain.consumers:
@@ -1650,7 +1564,6 @@ def channel_slices(model, masks, chains):
 
 def slim(model, masks, chains):
     """A copy of `model` that has only the channels that `masks` keep: narrower layers, same names.
-
     masks   {chain's conv: bool (C,)} of channel_masks; chains of channel_chains, or by hand
     Weights, scales, shifts and statistics are copied. A channel that is cut counts as scale = shift
     = 0, so nothing of it is left behind. That is why scale alone will not do (public code): a
@@ -1669,13 +1582,12 @@ def slim(model, masks, chains):
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, old.requires_grad)
         setattr(module, leaf, new)
-        names = {  # the widths that a layer says it has
-            nn.Linear: ("out_features", "in_features"),
-            nn.Conv2d: ("out_channels", "in_channels"),
-            nn.ConvTranspose2d: ("in_channels", "out_channels"),
-        }.get(type(module), ("num_features",))
-        for name, width in zip(names if leaf == "weight" else (), new.shape):
-            setattr(module, name, width)
+        if leaf == "weight":  # the widths that a layer says it has
+            kinds = {nn.Linear: ("out_features", "in_features")}
+            kinds[nn.Conv2d] = "out_channels", "in_channels"
+            kinds[nn.ConvTranspose2d] = "in_channels", "out_channels"
+            names = kinds.get(type(module), ["num_features"])
+            vars(module).update(zip(names, new.shape))
     return small
 
 def load_model(path, device="cpu"):
@@ -1700,8 +1612,8 @@ def load_model(path, device="cpu"):
     return nets.eval(), saved
 
 # ==================================================================================================
-# 9. DYNAMIC SPARSE TRAINING: masks that move while the weights train. SDST moves G's mask; DDST also
-#    moves the number of D's weights, so that neither network runs away from the other.
+# 9. DYNAMIC SPARSE TRAINING: masks that move while the weights train. SDST moves G's mask; DDST
+#    also moves the number of D's weights, so that neither network runs away from the other.
 #    Wang et al. 2023, "Balanced Training for Sparse GANs", arXiv 2302.14670.
 
 def drop_and_grow_(
@@ -1719,7 +1631,6 @@ def drop_and_grow_(
     different scale can empty a layer, and spectral norm of an empty layer is 0/0. Gradients that
     are exactly 0 say nothing (a hinge D beyond its margins has no other), so where they run out the
     dropped weights come back first and the rest is random; a threshold "|g| >= 0" would keep all.
-
     Returns ({name: bool, newly grown}, number dropped, number grown): fewer of both when nothing
     more may be dropped, fewer grown when nothing is left to grow. Counts are exact."""
     dims = output_dim or {}
@@ -1763,7 +1674,6 @@ def row_largest(weight, mask, dim=0):
 
 def seed_optimizer_state_(optimizer, weights, grown, gradients):
     """Optimizer state at newly grown weights: first moment and momentum 0, second moment g^2.
-
     Second moments seeded with 0 would be a trap: Adam divides by their root, and its correction for
     the start is long past, so a first step could be lr / sqrt(1 - beta2), 31 times too long.
     Wang et al.'s code leaves both moments as the dense gradients of a dead weight made them."""
@@ -1792,16 +1702,14 @@ def update_masks_(nets, role, optimizer, masks, drop, grow, how, generator):
     return bool(grow) and how == "gradient"
 
 def drop_share(step, steps, first=0.5, last=0.005):
-    """Share of the kept weights that one update exchanges: `first` at step 0, a cosine to `last`."""
+    """Share of the kept weights that one update exchanges: `first` at 0, by a cosine to `last`."""
     return last + 0.5 * (first - last) * (1 + math.cos(math.pi * step / steps))
 
 def balance_ratio(d_real, d_fake_before, d_fake_after):
     """How much of D's lead G wins back in one step: < 0 lost ground, 1 caught up. A float, no unit.
-
     BR = (D(G'(z)) - D(G(z))) / (D(x) - D(G(z)))      same z, D after its own step, raw logits
     Wang et al. 2023. Unchanged under D -> a D + b for a > 0. NaN when D is not ahead: a gap of at
-    most 1e-3 standard deviations of the logits has no meaningful sign, and its inverse would swamp
-    a mean."""
+    most 1e-3 standard deviations of the logits has no sign, and its inverse would swamp a mean."""
     gain = d_fake_after.mean() - d_fake_before.mean()
     gap = d_real.mean() - d_fake_before.mean()
     spread = torch.cat([d_real.flatten(), d_fake_before.flatten()]).std()
@@ -1809,11 +1717,10 @@ def balance_ratio(d_real, d_fake_before, d_fake_after):
 
 def smoothed_ratio(window):
     """Balance ratio over a list of (gain, gap, spread): (sum of gains) / (sum of gaps). NaN for [].
-
     Paper: the mean of the ratios. Here: the ratio of the sums, because single gaps near 0 carry
     that mean (3.94 where the median is .30, in one window). Measurements without a lead of D are
     left out; when they are the larger part, D is blind, G is far ahead, and the answer is +inf.
-    Waiting for good ones, as a guard alone would, stalls in the collapse that DDST shall prevent."""
+    Waiting for good ones, as a guard alone would, stalls in a collapse that DDST shall prevent."""
     good = [m for m in window if m[1] > 1e-3 * m[2] and math.isfinite(m[0])]
     if not window:
         return math.nan
@@ -1823,9 +1730,8 @@ def smoothed_ratio(window):
 
 @torch.no_grad()
 def measure_balance(G, D, real, z, fake, amp=False):
-    """(gain, gap, spread) of the iteration just done, floats: how far the step of G moved its images
-    up in D's eyes, how far real images are ahead, and the standard deviation of the logits.
-
+    """(gain, gap, spread) of the iteration just done, floats: how far the step of G moved its
+    images up in D's eyes, how far real ones are ahead, and the logits' standard deviation.
     real, z, fake  of gan_step: the last real batch, G's latents, its images before its step
     Batch norm takes the statistics of the batch, as in a training step (with running ones a gain of
     G would be an artefact); spectral norm does not iterate, so D is the same in all three looks."""
@@ -1844,14 +1750,12 @@ def measure_balance(G, D, real, z, fake, amp=False):
 
 def controller(ratio, count, low, high, change, floor, cap, total):
     """DDST's decision for D: (action, weights D shall keep), all in whole weights.
-
     ratio at least `high`, D too weak      below the cap: "grow" by `change`, never past the cap;
                                            at it: "explore" (drop and grow at constant count) when
                                            the cap is below `total` (strict), "hold" when D is dense
     ratio at most `low`, D too strong      "drop" by `change`, never past the floor
     between, or NaN (both comparisons are then false)     "hold"
-    Counts, not densities: in floats .1 + 8 x .05 is not .5, and the authors' test for the cap
-    misses."""
+    Counts, not densities: .1 + 8 x .05 is not .5 in floats; the authors' test for it misses."""
     if ratio >= high and count < cap:
         return "grow", min(cap, count + change)
     if ratio >= high:
@@ -1864,12 +1768,11 @@ def control_counts(masks, max_density, change=0.05, floor=0.05):
     """dict(change, floor, cap, total) for `controller` from D's masks at the start and three shares
     of its weights. The floor is no higher than the start."""
     total = sum(m.numel() for m in masks.values())
-    floor = min(round(floor * total), kept(masks))
-    return dict(change=round(change * total), floor=floor, cap=round(max_density * total), total=total)
+    floor, cap = min(round(floor * total), kept(masks)), round(max_density * total)
+    return dict(change=round(change * total), floor=floor, cap=cap, total=total)
 
 def gan_schedule(steps, update_every=None, strict=False):
-    """(G's update interval, D's interval and window, first step at which D may change), in G's steps.
-
+    """(G's update interval, D's interval and window, first step at which D may change).
     The paper's 500 and 1,000 (strict: 2,000) of 100,000 steps, scaled with the run. A floor of 20:
     between two updates new weights need time to grow past the magnitude that would drop them."""
     every = update_every or max(20, steps // 200)
@@ -1881,14 +1784,13 @@ def dynamic_gan(
     how="gradient", control=None, start=0, amp=False
 ):
     """The after_step of every GAN method: balance ratio, then G's mask, then D's.
-
     nets, optimizers  {"G", "D"}; masks flat, "G.stem.weight", moved in place; state remembers
     ratio_every       steps between measurements; window_steps: what the smoothed ratio covers
     update_every      steps between updates of G's mask (SDST); 0: it stays (dense, static)
     control           None, or DDST's dict(every, first, low, high, change, floor, cap, total): when
                       D may change, the band of the ratio, and counts of weights
-    The gradients are those of the step just done. Paper and authors' code do the same; RigL replaces
-    the step by the update, which would let G miss a step against D."""
+    The gradients are those of the step just done. Paper and authors' code do the same; RigL
+    replaces the step by the update, which would let G miss a step against D."""
     state.setdefault("window", [])
     state.setdefault("history", [[start, counts_of(masks), []]])
     state.setdefault("log", role_densities(nets, masks))
@@ -1933,14 +1835,12 @@ def dynamic_layers(
     nets, optimizers, masks, state, *, steps, seed, update_every=0, how="gradient", start=0
 ):
     """The after_step of RigL (how="gradient", Evci et al. 2020) and SET ("random", Mocanu et al.
-    2018), for anything but a GAN: every `update_every` steps each layer exchanges a share of its own
-    kept weights, .3 at first and by a cosine 0 at 75 % of the steps, after which masks stay. Counts
-    per layer never change.
-
-    Arguments see dynamic_gan. The update follows the optimizer's step and reads that step's
-    gradient; RigL's code puts it in the place of a step. For Wang et al.'s GANs one pool over all
-    layers is right, because their method moves weights between layers; a pool per layer keeps the
-    ERK densities that RigL starts with."""
+    2018), for anything but a GAN: every `update_every` steps each layer exchanges a share of its
+    own kept weights, .3 at first and by a cosine 0 at 75 % of the steps, after which masks stay.
+    Counts per layer never change.
+    Arguments see dynamic_gan. The update follows the optimizer's step and reads its gradient;
+    RigL's code puts it in the place of a step. Wang et al.'s one pool moves weights between layers;
+    a pool per layer keeps the ERK densities that RigL starts with."""
     end = 0.75 * steps
     state.setdefault("history", [[start, counts_of(masks), []]])
     state.setdefault("log", role_densities(nets, masks))
@@ -1953,8 +1853,9 @@ def dynamic_layers(
             count, role = kept({name: mask}), name.split(".")[0]
             if count == mask.numel():  # a dense layer has nothing to exchange
                 continue
-            n, generator = int(drop_share(step, end, 0.3, 0.0) * count), rng(seed, step, f"grow {name}")
-            if update_masks_(nets, role, optimizers[role], {name: mask}, n, n, how, generator):
+            n = int(drop_share(step, end, 0.3, 0.0) * count)
+            one, generator = {name: mask}, rng(seed, step, f"grow {name}")
+            if update_masks_(nets, role, optimizers[role], one, n, n, how, generator):
                 read_dense_gradient.add(role)
         state["history"].append([step, counts_of(masks), sorted(read_dense_gradient)])
 
@@ -1971,12 +1872,11 @@ def role_densities(nets, masks):
 
 # ==================================================================================================
 # 10. ELASTIC TICKETS: a ResNet's ticket for another depth, by copying or dropping whole residual
-#     blocks inside each stage, in masks and weights alike; then it is trained once. Chen et al. 2021.
+#     blocks inside each stage, in masks and weights; then it is trained once. Chen et al. 2021.
 
 def block_map(source, target, order="append"):
     """[source block of target block 0, 1, ...] for a stage of `source` blocks that shall have
     `target`.
-
     Block 0 is kept one to one in every stage, whether it downsamples or not. The others, the units,
     are copied or dropped: as many different ones as there are, each as few times as possible, and
     the earlier ones once more where it does not come out even (later units are sparser). Copies
@@ -2053,32 +1953,24 @@ def remap_blocks(tensors, maps):
             out[name] = tensor.clone()
             continue
         stage, block, before, after = places[name]
-        through = before.endswith("blocks.")  # CIFAR's blocks are counted through
-        first = sum(map(len, maps[:stage])) if through else 0
+        first = sum(map(len, maps[:stage])) if before.endswith("blocks.") else 0  # CIFAR's
         for target, source in enumerate(maps[stage]):
             if source == block:
                 out[f"{before}{first + target}{after}"] = tensor.clone()
     return out
 
 def stretch(tensors, blocks, order="append"):
-    """A ticket for a deeper ResNet. tensors: its dict of weights, or of masks; blocks: [per stage]
-    of the deeper one."""
+    """A ticket for a deeper ResNet: of its weights or masks, for [blocks per stage]."""
     counts, _ = residual_blocks(tensors)
-    if len(blocks) != len(counts) or any(b < count for b, count in zip(blocks, counts)):
-        raise ValueError(f"{counts} blocks do not stretch to {blocks}; squeeze makes fewer")
+    if len(blocks) != len(counts):
+        raise ValueError(f"stages of {counts} blocks cannot become stages of {blocks}")
     return remap_blocks(tensors, [block_map(*pair, order) for pair in zip(counts, blocks)])
 
-def squeeze(tensors, blocks, order="append"):
-    """A ticket for a shallower ResNet; arguments see stretch. In one order it undoes a stretch."""
-    counts, _ = residual_blocks(tensors)
-    if len(blocks) != len(counts) or any(b > count for b, count in zip(blocks, counts)):
-        raise ValueError(f"{counts} blocks do not squeeze to {blocks}; stretch makes more")
-    return remap_blocks(tensors, [block_map(*pair, order) for pair in zip(counts, blocks)])
+squeeze = stretch  # the same rule makes a shallower one; in one order it undoes a stretch
 
 def elastic_ticket(theta, masks, target, maps):
     """(theta, masks, fresh) of a ticket for a ResNet of another depth: remap_blocks of both, to fit
     the state dict `target`.
-
     A last layer for another number of classes cannot be copied: it is the target's own, dense, and
     named in `fresh`. Batch norm's statistics are those of another depth, so what the ticket does
     before it is trained says little. ValueError, naming the tensor, if anything else differs."""
@@ -2107,11 +1999,9 @@ FID_WEIGHTS = (
 
 class RandomFeatures(nn.Module):
     """64 features of an image by a fixed random network: nothing to download, the same everywhere.
-
     uint8 (B, 1 or 3, S, S) -> (B, 64). Orthogonal weights keep the scale from layer to layer; the
     mean over space forgives where a thing is, not what it is. Such features rank generative models
     about as trained ones do (Lee et al. 2022, arXiv 2208.09218), but are never to be called FID."""
-
     def __init__(self, seed=0):
         super().__init__()
         self.convs = nn.ModuleList()
@@ -2129,13 +2019,10 @@ class RandomFeatures(nn.Module):
 class InceptionFeatures(nn.Module):
     """The 2048 "pool3" features of the FID network: torchvision's Inception v3 with the pooling of
     the TensorFlow graph of 2015-12-05. uint8 (B, 1 or 3, S, S) -> (B, 2048).
-
-    state_dict: the weights under torchvision's names (pt_inception-2015-12-05-6726825d.pth, 1008
-    classes, no AuxLogits). Only with those is a distance a FID. The network differs from
-    torchvision's only in the pooling branch of nine blocks: average pooling leaves the padding out
-    of the count, and the last block takes the maximum. Images go 0..1, bilinear to 299, -1..1 (as
-    in pytorch-fid)."""
-
+    state_dict: FID_WEIGHTS, under torchvision's names (1008 classes, no AuxLogits). Only with those
+    is a distance a FID. The network differs from torchvision's only in the pooling branch of nine
+    blocks: average pooling leaves the padding out of the count, and the last block takes the
+    maximum. Images go 0..1, bilinear to 299, -1..1 (as in pytorch-fid)."""
     def __init__(self, state_dict):
         super().__init__()
         inception = import_torchvision().models.inception_v3
@@ -2161,9 +2048,9 @@ class InceptionFeatures(nn.Module):
 def replace_pooling(block, pool):
     """Let the pooling branch of a torchvision Inception block see pool(input of the block).
     torchvision pools inside the block's forward; its result is thrown away (it costs little)."""
-    seen, branch = {}, block.branch_pool
+    seen = {}
     block.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
-    branch.register_forward_pre_hook(lambda module, args: (pool(seen.pop("x")),))
+    block.branch_pool.register_forward_pre_hook(lambda module, args: (pool(seen.pop("x")),))
 
 def feature_network(name, weights=None):
     """The feature network "random" or "inception" (its weights from the file `weights`, else
@@ -2184,12 +2071,10 @@ def feature_network(name, weights=None):
 def extract(images, network, size=100):
     """Features (N, d) float64 on the CPU of uint8 images (N, C, H, W), `size` at a time."""
     device = next(network.parameters()).device
-    parts = [network(part.to(device)).double().cpu() for part in images.split(size)]
-    return torch.cat(parts)
+    return torch.cat([network(part.to(device)).double().cpu() for part in images.split(size)])
 
 def frechet_distance(x, y):
     """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two feature sets (N, d), unbiased C.
-
     Heusel et al. 2017. Biased upwards by about (2d + d(d+1)/2)/n: compare only equal n, d and
     reference. The trace of the root comes from the eigenvalues of R C2 R with R = C1^(1/2):
     symmetric, so real. In float64: float32 gives wrong values here."""
@@ -2216,9 +2101,9 @@ def kernel_distance(x, y, generator=None, subsets=10, size=1000):
 
 @torch.no_grad()
 def generator_for_use(G, averaged=None, seed=0, size=64):
-    """A copy of G in eval mode, for sampling: the averaged weights if there are any, with batch norm
-    statistics that belong to them (over 20 seeded batches; the average has no statistics of its
-    own, and those of the live G are of other weights). G and `averaged` are left alone."""
+    """A copy of G in eval mode, for sampling: the averaged weights if there are any, with batch
+    norm statistics that belong to them (over 20 seeded batches; the average has none of its own,
+    and those of the live G are of other weights). G and `averaged` are left alone."""
     if averaged is None:
         return copy.deepcopy(G).eval()
     use = copy.deepcopy(averaged).train()
@@ -2248,15 +2133,10 @@ def sample_images(G, count, seed=0, purpose="samples", size=100):
         parts.append(to_uint8(images).cpu())
     return torch.cat(parts)[:count]
 
-def metric_name(features, count):
-    """"FID-50k" with the Inception weights, else "FD-random-2k": a distance always has its n."""
-    number = f"{count // 1000}k" if count % 1000 == 0 else str(count)
-    return f"FID-{number}" if features == "inception" else f"FD-{features}-{number}"
-
 @torch.no_grad()
 def reconstruct(nets, images, size=100):
-    """uint8 images (N, C, S, S) through encoder (a VAE's mean, no noise) and decoder -> float images
-    on the CPU, in [-1, 1]. In the mode, train or eval, that the networks are in."""
+    """uint8 images (N, C, S, S) through encoder (a VAE's mean, no noise) and decoder -> float
+    images on the CPU, in [-1, 1]. In the mode, train or eval, that the networks are in."""
     device, parts = next(nets.parameters()).device, []
     for part in images.split(size):
         code = nets["encoder"](part.to(device).float() / 127.5 - 1)
@@ -2282,14 +2162,16 @@ def accuracy(net, images, labels, size=500):
 
 def distance_reference(images, held_out, network, features, count):
     """What `measure` compares generated images with: (network, features of `count` held-out images,
-    name of the distance, floor), or None below 640 images: ten times the 64 features, with less it
-    is mostly bias. The floor is the distance of as many training images: a perfect generator's."""
+    name of the distance with its n, "FD-random-2k", only with the Inception weights "FID-50k",
+    floor), or None below 640 images: ten times the 64 features, with less it is mostly bias. The
+    floor is the distance of as many training images: a perfect generator's."""
     n = min(len(held_out), count)
     if n < 640:
         return print(f"no distance: {n} held-out images are too few, 640 are needed")
     real = extract(held_out[:n], network)
     floor = frechet_distance(real, extract(images[:n], network))
-    return network, real, metric_name(features, n), floor
+    name = "FID" if features == "inception" else f"FD-{features}"
+    return network, real, f"{name}-{f'{n // 1000}k' if n % 1000 == 0 else n}", floor
 
 def measure(nets, held_out, truth, reference=None, seed=0):
     """{column: number} of networks for use: the metric that decides, and what stands beside it.
@@ -2310,30 +2192,22 @@ def measure(nets, held_out, truth, reference=None, seed=0):
         numbers["kid"] = kernel_distance(real, fake, rng(seed, 0, "kid"))
     return numbers
 
+@torch.no_grad()
 def mac_positions(model, *inputs):
-    """{name of prunable weight: positions of the output, per image, where each of its weights works}.
-
+    """{name of prunable weight: positions of the output, per image, at which it works}.
     So a layer's MACs per image are positions x weights kept: a convolution's output pixels, a
     transposed one's input pixels, 1 for linear. Biases, norms and activations are not counted.
-    One forward in eval mode with `inputs` (a batch of 1); leaves no trace."""
-    found, hooks = collections.Counter(), []
+    One forward of a copy in eval mode with `inputs`, a batch of 1."""
+    found, model = collections.Counter(), copy.deepcopy(model).eval()
 
     def count(name, module, args, output):
         area = args[0] if isinstance(module, nn.ConvTranspose2d) else output
-        if area.dim() == 4:
-            found[name] += area[0, 0].numel()  # a layer may be called more than once
-        else:
-            found[name] += area[0].numel() // module.out_features
+        width = area.shape[1] if area.dim() == 4 else module.out_features
+        found[name] += area[0].numel() // width  # += : a layer may be called more than once
 
     for name, module in prunable_modules(model):
-        hooks.append(module.register_forward_hook(functools.partial(count, name)))
-    try:
-        with untouched(model), torch.no_grad():
-            model.eval()
-            model(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+        module.register_forward_hook(functools.partial(count, name))
+    model(*inputs)
     return dict(found)
 
 def flat_positions(nets, size, channels):
@@ -2359,11 +2233,9 @@ def training_macs(
       GAN      n_critic B (f_G + 6 f_D) + B_G (3 f_G + 2 f_D), and per balance ratio the new G's
                images, D on them, on the old ones and on real ones: B_G (f_G + 2 f_D) + B f_D
       others   3 B f
-    and where growth read a dense weight gradient, its difference to a sparse one; for D twice, for
-    its real and its generated images.
-    paper=True: the count of Wang et al.'s code, to set beside their figures:
-    (n_critic B + 3 B_G) f_G + (3 n_critic B + B_G) n_critic f_D. It has n_critic twice for D, and
-    leaves out D's fake half, D's input gradient, the balance ratio and the dense gradients."""
+    and where growth read a dense weight gradient, its difference to a sparse one (D: twice, for
+    real and generated images). paper=True: the count of Wang et al.'s code, without D's fake half,
+    D's input gradient, the balance ratio and dense gradients, and with n_critic twice for D."""
     B, B_G, total = batch_size, g_batch, 0
 
     def forward(counts, role):
@@ -2396,8 +2268,7 @@ def save_grid(path, images):
     write_atomically(path, lambda file: utils.save_image(grid, file, format="png"))
 
 def draw_pictures(folder, nets, held_out, sampled, seed=0):
-    """samples.png of what draws from latents, if `sampled`; reconstructions.png of what
-    reconstructs, eight held-out images above what came back."""
+    """samples.png if `sampled`; reconstructions.png, eight held-out images above what came back."""
     if sampled:
         generator = nets["G" if "G" in nets else "decoder"]
         save_grid(folder / "samples.png", sample_images(generator, 64, seed))
@@ -2415,15 +2286,12 @@ def draw_curve(path, rows, title):
     except ImportError:
         return
     figure = matplotlib.figure.Figure((6, 4), layout="tight")
-    axes, shares = figure.add_subplot(), [100 * row["density"] for row in rows]
+    axes = figure.add_subplot(xlabel="weights kept, %", ylabel=title)
+    shares = [f"{100 * row['density']:.3g}" for row in rows]  # as words: one step a round
     for name in ("dense", "ticket", "random", "shuffled"):
         values = [row.get(name) for row in rows]
         if None not in values:
             axes.plot(shares, values, "--" if name == "dense" else "o-", label=name)
-    axes.set(xscale="log", xlabel="weights kept, %", ylabel=title)
-    axes.set_xticks(shares, [f"{share:.3g}" for share in shares], rotation=90)
-    axes.minorticks_off()  # they would say 6 x 10^1
-    axes.invert_xaxis()
     axes.legend()
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
@@ -2435,7 +2303,7 @@ SPARSE, SCORED = ("static", "sdst", "ddst"), ("magnitude", "snip", "grasp")
 MOVING, FROM_TICKET = ("sdst", "ddst"), ("ticket", "transfer", "elastic")
 METHODS = ("dense", *SPARSE, "imp", *FROM_TICKET, *SCORED, "earlybird")
 EVALUATION = ("eval_images", "features", "inception_weights")  # may change as a run continues
-NOT_IDENTITY = {"device", "out", "data", "workers", "checkpoint_s", "evaluate", "table"}
+NOT_IDENTITY = {*EVALUATION, "device", "out", "data", "workers", "checkpoint_s"}
 
 class Row(NamedTuple):
     """All there is to say about a setting, which is a flag too."""
@@ -2551,16 +2419,15 @@ def resolve(given):
     dataset = given.get("dataset", ticket.get("dataset", "shapes"))
     check("model", model)
     check_read(given, method, model)
-    by_method, preset = {}, {}
-    if method in SCORED:
-        by_method = dict(rewind_step=0)
-    if method == "earlybird":
-        by_method = dict(scope="layer")
+    by_method = {"earlybird": dict(scope="layer"), **dict.fromkeys(SCORED, dict(rewind_step=0))}
+    preset = {}
     if dataset == "shapes":
         preset = {"rounds": 5, **SHAPES_PRESET[model]}
         if method == "earlybird":  # it takes five epochs, and as many steps after them
             preset |= dict(batch_size=64, steps=2000)
     root = class_root(dataset, given.get("data", "data"), model)
+    if dataset == "imagenet" and not root:
+        raise ValueError(f"imagenet is for classifiers, not {model}")
     data = dict(DATASETS.get(dataset, DATASETS["imagenet" if root else "folder"]))
     if root:
         data |= dict(classes=len(class_names(root)), image_size=224 if model in STAGES else 32)
@@ -2568,7 +2435,7 @@ def resolve(given):
         data["image_size"] = 28  # the paper's 784 inputs; no black frame
     rows = {name: row.default for name, row in SETTINGS.items()}
     chosen = dict(method=method, model=model, dataset=dataset)
-    layers = (chosen, given, ticket, by_method, preset, MODELS[model], data, rows)
+    layers = (chosen, given, ticket, by_method.get(method, {}), preset, MODELS[model], data, rows)
     s = types.SimpleNamespace(**collections.ChainMap(*layers))
     for name in SETTINGS:
         if getattr(s, name) is not None:
@@ -2577,11 +2444,10 @@ def resolve(given):
         s.rewind_step = min(s.rewind_step, s.steps // 10)
     if model in STAGES and "lr" not in given | ticket:  # in proportion: Goyal et al. 2017
         s.lr *= s.batch_size / IMAGENET["batch_size"]
-    derive(s, given)
-    return s
+    return derive(s, given)
 
 def derive(s, given):
-    """Fill in settings that depend on others, and refuse those that contradict each other."""
+    """Fill in settings that depend on others, refuse those that contradict each other."""
     gan, ddst = s.model in GANS, s.method == "ddst"
     s.prune = s.prune or s.roles
     s.eval_every = s.eval_every or (s.steps if s.method == "imp" else max(1, s.steps // 10))
@@ -2589,8 +2455,7 @@ def derive(s, given):
         s.density = given.get("density")
         s.rounds = len(round_densities(s.prune_rate, s.rounds, s.density))
     # A cap below 1 (strict: D may never be dense) only changes D's interval; the paper has both.
-    schedule = gan_schedule(s.steps, s.update_every, s.max_density_D < 1)
-    every_G, s.window, s.first_D = schedule
+    every_G, s.window, s.first_D = gan_schedule(s.steps, s.update_every, s.max_density_D < 1)
     if s.method not in MOVING:
         s.update_every = 0
     elif gan:
@@ -2606,7 +2471,6 @@ def derive(s, given):
     refusals = {
         f"ddst balances a GAN; {s.model} has --method sdst": ddst and not gan,
         f"{s.model} needs labels, {s.dataset} has none": "net" in s.roles and not s.classes,
-        f"imagenet is for classifiers, not {s.model}": s.dataset == "imagenet" and "net" not in s.roles,
         "--rounds and --density both end pruning; pass one": {"rounds", "density"} <= {*given},
         f"--rewind-step {s.rewind_step} is not before --steps": s.rewind_step >= s.steps,
         f"--prune takes {s.roles}; got {s.prune}": not {*s.prune} <= {*s.roles},
@@ -2617,10 +2481,10 @@ def derive(s, given):
     for message, refused in refusals.items():
         if refused:
             raise ValueError(message)
+    return s
 
 def class_root(dataset, data, model):
-    """The folder whose train/ and val/ a classifier's images are streamed from; None for sets that
-    are held in memory."""
+    """The folder whose train/ and val/ a classifier's images are streamed from, or None."""
     if model not in CLASSIFIERS or dataset in DATASETS and dataset != "imagenet":
         return None
     return Path(data) / "imagenet" if dataset == "imagenet" else Path(dataset)
@@ -2634,8 +2498,7 @@ def ticket_settings(given, method):
         path = path / str(read_json(path / "summary.json").get("ticket"))
     if not path.is_file():
         raise ValueError(f"--ticket {path} is no file; name a ticket-NN.pt or a finished imp run")
-    theirs = load_ticket(path)["settings"]
-    names = ["dataset", "seed", "width", "image_size", "z"]
+    theirs, names = load_ticket(path)["settings"], ["dataset", "seed", "width", "image_size", "z"]
     if method != "transfer":
         names += ["steps", "batch_size", "lr", "rewind_step", "prune"]
     if method == "ticket":
@@ -2643,8 +2506,8 @@ def ticket_settings(given, method):
     inherited = {name: theirs[name] for name in names if theirs.get(name) is not None}
     if method == "elastic":
         inherited["model"] = "resnet34" if theirs.get("model") in STAGES else "resnet32"
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return {**inherited, "ticket_file": str(path), "ticket_sha256": digest}
+    inherited["ticket_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return inherited | {"ticket_file": str(path)}
 
 def pick_device(name=None):
     """torch.device by name, or the best there is. ValueError when it is unavailable."""
@@ -2657,22 +2520,19 @@ def pick_device(name=None):
 
 def identity(s):
     """The settings that make a run what it is; plain values."""
-    changing = NOT_IDENTITY | {*EVALUATION}
-    return {name: value for name, value in vars(s).items() if name not in changing}
+    return {name: value for name, value in vars(s).items() if name not in NOT_IDENTITY}
 
 def check_folder(folder, s):
     """ValueError unless `folder` is new, empty or this very run's; writes nothing."""
-    if not folder.exists():
-        return
     if not (folder / "config.json").exists():
-        if any(not path.name.startswith(".") for path in folder.iterdir()):
+        if folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
             raise ValueError(f"--out {folder} holds other things than a run; name another")
         return
     theirs, ours = read_json(folder / "config.json"), json.loads(json.dumps(vars(s)))
-    names = set(identity(s))
+    names = list(identity(s))
     if s.method == "imp" or s.controls:  # trainings that are compared must be measured alike
-        names |= set(EVALUATION)
-    differ = [n for n in sorted(names) if theirs.get(n) != ours[n]]
+        names += EVALUATION
+    differ = [n for n in names if theirs.get(n) != ours[n]]
     if differ:
         both = "; ".join(f"{n} {theirs.get(n)} there, {ours[n]} here" for n in differ)
         raise ValueError(f"--out {folder} holds another run: {both}. Name another --out")
@@ -2680,7 +2540,6 @@ def check_folder(folder, s):
 class Run:
     """A run of the command line: settings, data, networks and folder. Images are uint8 (N, C, S, S)
     or an ImageStream; masks are flat, "G.stem.weight", and {} when dense."""
-
     def __init__(self, s):
         self.s, self.folder = s, Path(s.out)
         self.first_row, self.seconds, self.spent = None, {}, {}  # of the trainings so far
@@ -2688,7 +2547,7 @@ class Run:
     def load(self):
         """Read data and feature network. ValueError if something is missing; writes nothing."""
         s = self.s
-        self.network = feature_network(s.features, s.inception_weights).to(s.device)
+        network = feature_network(s.features, s.inception_weights).to(s.device)
         root = class_root(s.dataset, s.data, s.model)
         if root:
             self.images = ImageStream(root / "train", s.image_size, s.workers)
@@ -2702,16 +2561,26 @@ class Run:
         s.data_images, held_out = len(self.images), len(self.held_out)
         if s.data_images < s.batch_size or not held_out:
             have = f"{s.data_images} images to train on and {held_out} held out"
-            raise ValueError(f"{s.dataset} has {have}; needed: a --batch-size, {s.batch_size}, and 1")
+            raise ValueError(f"{s.dataset} has {have}; needed are {s.batch_size}, a batch, and 1")
         if s.device != "cpu" and not root:
             if self.images.numel() < torch.cuda.mem_get_info(s.device)[0] / 2:
                 self.images = self.images.to(s.device)
+        self.reference = None  # what generated images are compared with
+        if s.model in SAMPLED:
+            usual = 50_000 if s.features == "inception" and held_out >= 50_000 else 2000
+            sets = self.images, self.held_out, network, s.features
+            self.reference = distance_reference(*sets, s.eval_images or usual)
 
     def fresh(self, draw=0):
         """Networks at their initial weights, on the run's device; draw see `build`."""
         s = self.s
         size = s.image_size, s.channels, s.width, s.z
         return build(s.model, *size, s.seed, s.classes, draw).to(s.device)
+
+    def noise(self, step, purpose, k=0, batches=1):
+        """Latents (B x batches, z) for one purpose of a step."""
+        s = self.s
+        return latents(batches * s.batch_size, s.z, s.seed, step, purpose, k, s.device)
 
     def halves(self, nets, optimizers, masks):
         """(draw, update) of `train`, see section 5, for the model of this run."""
@@ -2721,17 +2590,14 @@ class Run:
         def real(position):
             return batch(self.images, position, B, s.seed, s.flip, s.device, s.crop)
 
-        def noise(step, purpose, k=0, count=B):
-            return latents(count, s.z, s.seed, step, purpose, k, s.device)
-
         def draw(step):
             if "G" in nets:
                 x = [real((step * s.n_critic + k) * B) for k in range(s.n_critic)]
-                z_D = [noise(step, "latents D", k) for k in range(s.n_critic)]
-                z_G = noise(step, "latents G", 0, s.g_batches * B)
+                z_D = [self.noise(step, "latents D", k) for k in range(s.n_critic)]
+                z_G = self.noise(step, "latents G", 0, s.g_batches)
                 return torch.stack(x), torch.stack(z_D), z_G
             if "encoder" in nets:
-                return real(step * B), noise(step, "noise") if s.model in VAES else None
+                return real(step * B), self.noise(step, "noise") if s.model in VAES else None
             for group in optimizers["net"].param_groups:  # `update` reads no changing number
                 group["lr"] = s.lr * lr_factor(step, s.steps, **s.schedule)
             index = batch_index(len(self.images), step * B, B, s.seed)
@@ -2749,8 +2615,7 @@ class Run:
 
     def fit(self, name, nets, masks, start=0, after_step=None, state=None, average=None):
         """One named training; returns Trained, at once when it is done already. A method is a
-        sequence of such calls. average: G's, where it starts as another than G; self.ema is the
-        last training's."""
+        sequence of such calls. average: of G, where it is another; self.ema: of the last one."""
         s, state, optimizers = self.s, {} if state is None else state, {}
         for role, net in nets.items():
             optimizers[role] = make_optimizer(s.optimizer, net, s.lr, s.betas)
@@ -2773,8 +2638,8 @@ class Run:
 
         checkpoint = Checkpoint(self.folder, name, s.checkpoint_s)
         how = dict(optimizers=optimizers, start=start, masks=masks, after_step=both, state=state)
-        how |= dict(evaluate=lambda step: self.measure(nets, ema), eval_every=s.eval_every)
-        how |= dict(ema=ema, ema_longest=s.ema, checkpoint=checkpoint)
+        how |= dict(evaluate=lambda step: self.measure(self.for_use(nets, ema)), ema=ema)
+        how |= dict(eval_every=s.eval_every, ema_longest=s.ema, checkpoint=checkpoint)
         try:
             done = train(nets, *self.halves(nets, optimizers, masks), s.steps, **how)
         except FloatingPointError as error:
@@ -2785,21 +2650,16 @@ class Run:
             self.spent[name] = self.training_macs(nets, state["history"], done.step)
         return done
 
-    @functools.cached_property
-    def reference(self):
-        """What generated images are compared with, see distance_reference; None otherwise."""
-        s, there = self.s, len(self.held_out)
-        usual = 50_000 if s.features == "inception" and there >= 50_000 else 2000
-        sets = self.images, self.held_out, self.network, s.features
-        if s.model in SAMPLED:
-            return distance_reference(*sets, s.eval_images or usual)
-
-    def measure(self, nets, ema):
-        """{column: number} of live networks and their averages; leaves pictures, too."""
+    def for_use(self, nets, ema):
+        """networks_for_use, and their pictures."""
         s = self.s
         use = networks_for_use(nets, ema, s.seed, s.batch_size)
         draw_pictures(self.folder, use, self.held_out, s.model in SAMPLED, s.seed)
-        return measure(use, self.held_out, self.truth, self.reference, s.seed)
+        return use
+
+    def measure(self, use):
+        """`measure` of networks for use, on what is held out."""
+        return measure(use, self.held_out, self.truth, self.reference, self.s.seed)
 
     def layers(self, nets):
         """(mac_positions, {name: weights}) of networks, by flat names."""
@@ -2807,25 +2667,20 @@ class Run:
         return flat_positions(nets, self.s.image_size, self.s.channels), sizes
 
     def training_macs(self, nets, history, step, ratios=True):
-        """(exact, [Wang et al.'s]) MACs of a training of `nets` up to a step."""
-        s, how = self.s, {}
-        if "G" in nets:
-            how = dict(n_critic=s.n_critic, g_batch=s.g_batches * s.batch_size)
-            how["ratio_every"] = s.ratio_every if ratios else 0
-        given = history, step, *self.layers(nets), s.batch_size
-        return training_macs(*given, **how), training_macs(*given, paper=True, **how)
+        """(exact, Wang et al.'s) MACs of a training of `nets` up to a step."""
+        s, layers = self.s, self.layers(nets)
+        batches = s.batch_size, s.n_critic or 0, s.g_batches * s.batch_size
+        given = history, step, *layers, *batches, s.ratio_every * ratios
+        return training_macs(*given), training_macs(*given, paper=True)
 
 def start_masks(s, nets):
     """The flat masks of static, sdst and ddst; {} for methods that start dense. A network that
     stays dense has none: nothing to multiply, nothing to store. ddst's D has them even while all
     are 1, because they will move. ValueError where a share would leave layers without a weight."""
     if s.method in SPARSE:
-        shares = dict.fromkeys(s.roles, s.density)
-        if s.model in GANS:
-            shares["D"] = s.density_D
-            if s.method != "ddst" and s.density_D == 1:
-                del shares["D"]
-        return erk_masks(nets, shares, s.seed)
+        shares = {role: s.density_D if role == "D" else s.density for role in s.roles}
+        moving = {role: d for role, d in shares.items() if d < 1 or s.method == "ddst"}
+        return erk_masks(nets, moving, s.seed)
     if s.method == "imp":  # the last round is tried out before anything is trained
         scores = score_magnitude(nets)
         scores = {name: w for name, w in scores.items() if name.split(".")[0] in s.prune}
@@ -2846,8 +2701,8 @@ def run_imp(run):
     """imp: a ticket file per round, and the table that says which of them win."""
     s, rows = run.s, []
     shares = round_densities(s.prune_rate, s.rounds, s.density)
-    how = dict(rewind_step=s.rewind_step, scope=s.scope, prune=s.prune, seed=s.seed)
-    how["controls"] = s.controls
+    names = ("rewind_step", "scope", "prune", "controls", "seed")
+    how = {name: getattr(s, name) for name in names}
     try:
         for round_ in iterative_magnitude_pruning(run.fresh, run.fit, shares, **how):
             ticket, number = round_.results["ticket"], round_.number
@@ -2874,12 +2729,11 @@ def run_imp(run):
     return finish(run, nets, masks, done, ticket=f"ticket-{name}.pt", rounds=rows)
 
 def open_ticket(s, nets):
-    """(theta, masks, text) of a ticket, transfer or elastic run, for `nets`; ValueError if it does
-    not fit."""
+    """(theta, masks, text) of a ticket, transfer or elastic run; ValueError if it does not fit."""
     ticket, target = load_ticket(s.ticket_file, s.device), nets.state_dict()
     theta, masks, fresh = ticket["theta"], ticket["masks"], []
     known = {name: ticket[name] for name in ("round", "density", "metrics")}
-    text = f"  a ticket of {ticket['settings']['model']}, {known}"
+    text = f"  ticket of a {ticket['settings']['model']}, {known}"
     if s.method == "transfer":
         theta, masks, received = transfer_ticket(theta, masks, target, s.prune)
         fresh = [name for name in target if name not in received]
@@ -2894,21 +2748,20 @@ def open_ticket(s, nets):
         trial.load_state_dict(theta)
         apply_masks_(trial, masks)
     except (RuntimeError, AttributeError) as error:
-        what = f"{s.ticket_file} does not fit {s.model}"
-        raise ValueError(f"{what}: {str(error)[:300]}") from None
+        raise ValueError(f"--ticket does not fit {s.model}: {str(error)[:300]}") from None
     return theta, masks, f"{text}; fresh and dense: {', '.join(fresh) or 'none'}"
 
 def run_ticket(run):
     """ticket: train a saved ticket from its rewind step. transfer: the part of a ticket that fits
-    another model, from step 0. elastic: a ResNet's ticket at another depth, from its rewind step."""
+    another model, from step 0. elastic: a ResNet's at another depth, from its rewind step."""
     theta, masks, text = run.ticket
     print(text, flush=True)
     start = 0 if run.s.method == "transfer" else run.s.rewind_step
     return train_masked(run, theta, masks, start)
 
 def train_masked(run, theta, masks, start):
-    """Train theta x mask from step `start`; with --controls the same mask on other weights, and
-    shuffled. elastic has a third control: the target itself, dense to `start`, pruned there."""
+    """Train theta x mask from step `start`; with --controls its two controls, too. elastic has a
+    third: the target itself, dense to `start`, pruned there once."""
     s, nets, more = run.s, run.nets, {}
     nets.load_state_dict(theta)
     done = run.fit(s.method, nets, masks, start)
@@ -2945,8 +2798,7 @@ def run_one_shot(run):
         return images.to(s.device).float() / 127.5 - 1, labels[index].to(s.device)
 
     def noise(k, role):
-        count = s.batch_size * (s.g_batches if role == "G" else 1)
-        return latents(count, s.z, s.seed, k, f"score {role}", device=s.device)
+        return run.noise(k, f"score {role}", 0, s.g_batches if role == "G" else 1)
 
     grasp = s.method == "grasp"
     losses = scoring_losses(nets, draw, noise, s.objective, s.beta, 200 if grasp else 1)
@@ -2978,12 +2830,10 @@ def pruned_by(s, nets, scores):
     return masks
 
 def run_earlybird(run):
-    """earlybird: train dense, draw the channel mask of every epoch, and when it has come to rest cut
-    the channels and train what is left to the same total of steps."""
+    """earlybird: train dense until the channel masks of five epochs agree, cut, train on."""
     s, nets, chains, state = run.s, run.nets, channel_chains(run.nets), {}
     epoch = max(1, s.data_images // (s.batch_size * (s.n_critic or 1)))
-    how = s.channels_kept, s.scope, epoch, s.steps
-    watch = watch_channels(nets, chains, *how, state)
+    watch = watch_channels(nets, chains, s.channels_kept, s.scope, epoch, s.steps, state)
     before = run.fit("before", nets, {}, 0, watch, state)
     masks, average, found = state["channels"][-1], None, bool(state.get("found"))
     if run.ema:
@@ -2997,16 +2847,13 @@ def run_earlybird(run):
 
 def finish(run, nets, masks, done, **more):
     """Leave model.pt, pictures of its weights and summary.json, with `more` columns; returns it."""
-    s = run.s
-    use = networks_for_use(nets, run.ema, s.seed, s.batch_size)
-    # Again, since pictures of another training may be in the folder.
-    draw_pictures(run.folder, use, run.held_out, s.model in SAMPLED, s.seed)
+    use = run.for_use(nets, run.ema)  # pictures of another training may be in the folder
     summary = summarise(run, nets, masks, done) | more
-    content = {"format": 1, "settings": identity(s), "weights": use.state_dict()}
+    content = {"format": 1, "settings": identity(run.s), "weights": use.state_dict()}
     content["masks"] = {name: mask.bool() for name, mask in masks.items()}
     content["metrics"] = {key: summary[key] for key in ("metric", "value", "floor", "kid")}
     save_torch(run.folder / "model.pt", content)
-    write_json(run.folder / "summary.json", summary)
+    write_text(run.folder / "summary.json", json.dumps(summary, indent=1))
     return summary
 
 def summarise(run, nets, masks, done):
@@ -3017,12 +2864,12 @@ def summarise(run, nets, masks, done):
     dense_positions, dense_sizes = run.layers(run.nets)
     counts = {**sizes, **counts_of(masks)}
     summary = {key: getattr(s, key) for key in ("method", "model", "dataset", "seed")}
-    summary |= {"steps": done.step, "density_G": None, "density_D": None}
+    summary |= {"steps": done.step, "density_G": None, "density_D": None, "untrained": None}
     for role in ("", *nets):
         names = [name for name in sizes if name.startswith(role)]
         share = sum(counts[n] for n in names) / sum(dense_sizes[n] for n in names)
         summary[f"density_{role}".strip("_")] = share
-    summary |= {"metric": last.get("metric_name"), "value": done.metric, "untrained": None}
+    summary |= {"metric": last.get("metric_name"), "value": done.metric}
     if first["step"] == 0 and s.method != "transfer":
         if first.get("metric_name") == summary["metric"]:
             summary["untrained"] = first.get("metric")
@@ -3048,8 +2895,8 @@ COLUMNS = (
 ).split()
 
 def table(groups):
-    """Lists of dicts as text, a line each: words as they are, numbers as mean ± standard deviation
-    where they differ. Columns without a value are left out."""
+    """Lists of dicts as text, a line each: words as they are, numbers as mean ± sd where they
+    differ. Columns without a value are left out."""
     lines = [COLUMNS]
     for group in groups:
         line = []
@@ -3067,8 +2914,8 @@ def table(groups):
     return "\n".join("  ".join(line).rstrip() for line in zip(*padded))
 
 def print_summaries(summaries):
-    """A table of runs, and below it the rounds of those that have some. Runs that differ only in the
-    seed are one row; their rounds then have no verdict, which is the reader's."""
+    """A table of runs, and below it the rounds of those that have some. Runs that differ only in
+    the seed are one row; their rounds then have no verdict, which is the reader's."""
     groups = {}
     for run in summaries:
         key = str([run.get(name) for name in ("settings", "method", "steps", "metric")])
@@ -3093,27 +2940,21 @@ def run_evaluate(given):
     settings |= {**saved["settings"], **given, "device": device, "out": given["evaluate"]}
     run = Run(types.SimpleNamespace(**settings))
     run.load()
-    numbers = measure(nets, run.held_out, run.truth, run.reference, run.s.seed)
-    print(", ".join(f"{name} {value}" for name, value in numbers.items()))
+    print(", ".join(f"{name} {value}" for name, value in run.measure(nets).items()))
 
 def run_table(folders, given):
-    """--table DIR...: the summaries of finished runs. Runs are of one row when nothing but the seed
-    differs, and with it their ticket."""
+    """--table DIR...: finished runs, in one row when nothing but seed and ticket differ."""
     if given:
         raise ValueError("--table stands alone, with the run folders behind it")
     summaries = []
     for folder in map(Path, folders):
-        config = read_json(folder / "config.json")
-        for name in {*NOT_IDENTITY, *EVALUATION, "seed", "environment"} | {
-            name for name in config if name.startswith("ticket")
-        }:
-            config.pop(name, None)
-        summaries.append({**read_json(folder / "summary.json"), "settings": config})
+        config, other = read_json(folder / "config.json"), NOT_IDENTITY | {"seed", "environment"}
+        same = {n: v for n, v in config.items() if n not in other and not n.startswith("ticket")}
+        summaries.append({**read_json(folder / "summary.json"), "settings": same})
     print_summaries(summaries)
 
 def run_method(given):
-    """Start, continue or show the run that the flags describe. What can be refused is refused before
-    anything is written."""
+    """Start, continue or show a run. What can be refused is refused before anything is written."""
     s = resolve(given)
     run, folder = Run(s), Path(s.out)
     check_folder(folder, s)
@@ -3135,7 +2976,7 @@ def run_method(given):
         threads, config = torch.get_num_threads(), folder / "config.json"
         if not config.exists():
             here = {"torch": torch.__version__, "threads": threads, "machine": platform.machine()}
-            write_json(config, {**vars(s), "environment": here})
+            write_text(config, json.dumps({**vars(s), "environment": here}, indent=1))
         elif read_json(config)["environment"]["threads"] != threads:
             print(f"continuing with another number of threads, {threads}: last bits will differ")
         shown = ", ".join(f"{name} {value}" for name, value in identity(s).items() if value)
@@ -3161,8 +3002,7 @@ def main(argv=None):
         print(f"lottery.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
-        again = "the same command goes on from the last checkpoint"
-        print(f"lottery.py: stopped; {again}", file=sys.stderr)
+        print("lottery.py: stopped; the same command goes on", file=sys.stderr)
         return 130
 
 if __name__ == "__main__":

@@ -2379,11 +2379,8 @@ def test_other_blocks_and_stages_that_the_names_do_not_tell_apart_are_refused():
         with pytest.raises(ValueError, match="not the tensors of one ResNet"):
             L.residual_blocks(bad)
     assert L.residual_blocks(uneven([2, 2, 2]))[0] == [2, 2, 2]
-    for blocks in ([2, 2, 2], [5, 5, 5, 5]):
-        with pytest.raises(ValueError, match="do not stretch .* squeeze makes fewer"):
-            L.stretch(theta, blocks)
-    with pytest.raises(ValueError, match="do not squeeze .* stretch makes more"):
-        L.squeeze(theta, [3, 4, 3])
+    with pytest.raises(ValueError, match="cannot become stages of"):
+        L.stretch(theta, [5, 5, 5, 5])
     for maps in ([[0, 1, 3]] * 3, [[0, 0, 1]] * 3, [[1, 0]] * 3, [[0, 1]] * 2, [[0, 1]] * 4):
         with pytest.raises(ValueError, match="do not fit stages of"):
             L.remap_blocks(theta, maps)
@@ -2468,9 +2465,11 @@ def test_random_features_are_fixed_and_the_distance_grows_with_the_damage():
 
 
 def test_a_distance_is_named_after_its_features_and_its_count():
-    assert L.metric_name("random", 2000) == "FD-random-2k"
-    assert L.metric_name("random", 700) == "FD-random-700"
-    assert L.metric_name("inception", 50_000) == "FID-50k"
+    images, network = L.shapes(1000)[0], L.RandomFeatures()
+    for features, n, name in (("random", 640, "FD-random-640"), ("inception", 1000, "FID-1k")):
+        found = L.distance_reference(images, images, network, features, n)
+        assert found[2] == name and len(found[1]) == n and abs(found[3]) < 1e-6
+    assert L.distance_reference(images, images[:639], network, "random", 2000) is None
 
 
 def test_inception_differs_from_torchvision_in_the_pooling_branches_only():
@@ -3003,7 +3002,7 @@ def test_an_early_bird_goes_on_with_exactly_what_was_cut_out(
         averages = L.slim(average, masks, chains)
     job = L.Run(types.SimpleNamespace(**vars(s) | {"out": "e"}))
     job.load()
-    right_after = job.measure(small, averages)["metric"]
+    right_after = job.measure(job.for_use(small, averages))["metric"]
     assert after["rows"][0]["metric"] == pytest.approx(right_after, rel=1e-6)
     back, _ = L.load_model("e/model.pt")
     shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (back, small)]
