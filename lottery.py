@@ -77,8 +77,7 @@ def shapes(count, size=32, seed=0):
     Returns uint8 images (count, 3, size, size) and labels (count,): 0 circle, 1 square, 2 triangle.
     Image i depends on (seed, i) alone. Edges are soft over a pixel, as in a photograph: a hard edge
     is a texture that the discriminator reads and the generator cannot draw."""
-    draws = np.random.default_rng(seed).random((count, 8), dtype=np.float32)
-    draws = torch.from_numpy(draws)
+    draws = torch.from_numpy(np.random.default_rng(seed).random((count, 8), dtype=np.float32))
     labels = (draws[:, 0] * 3).long()
     grid = (torch.arange(size) + 0.5) / size * 2 - 1            # (S,)
     y, x = grid.view(1, -1, 1), grid.view(1, 1, -1)             # (1, S, 1), (1, 1, S)
@@ -96,8 +95,7 @@ def shapes(count, size=32, seed=0):
         inside = torch.where(kind == 0, circle, inside)
         cover = (inside * size / 2 + 0.5).clamp(0, 1).unsqueeze(1)
         phase = torch.tensor([0, 1 / 3, 2 / 3]).view(1, 3, 1, 1) + hue.unsqueeze(1)
-        color = 0.6 + 0.4 * torch.cos(2 * math.pi * phase)      # (b, 3, 1, 1)
-        color = (0.8 + 0.2 * glow.unsqueeze(1)) * color
+        color = (0.8 + 0.2 * glow.unsqueeze(1)) * (0.6 + 0.4 * torch.cos(2 * math.pi * phase))
         picture = cover * color + (1 - cover) * 0.15 * ground.unsqueeze(1)
         images[rows] = (picture * 255).round().to(torch.uint8)  # (b, 3, S, S)
     return images, labels
@@ -643,7 +641,7 @@ def prunable_modules(model):
             own = {name for name, _ in module.named_parameters()}
             raw = own & {"weight", "parametrizations.weight.original"}
             if len(raw) != 1:
-                known = "only torch.nn.utils.parametrizations.spectral_norm is understood"
+                known = "of parametrizations only spectral_norm is known"
                 raise ValueError(f"{path} has no raw weight, but {sorted(own)}; {known}")
             yield f"{path}.{raw.pop()}".removeprefix("."), module
 
@@ -835,8 +833,7 @@ def gan_step(G, D, optimizers, real, z_D, z_G, objective="hinge", clip=0.0, mask
     `z` and its images `fake` of them, made before its step. Gradients stay. G's backward stops at G
     (`inputs=`); otherwise its loss would leak into the gradients by which D grows."""
     masks = masks or {"G": {}, "D": {}}
-    kind = real.device.type, torch.bfloat16
-    autocast = functools.partial(torch.autocast, *kind, enabled=amp)
+    autocast = functools.partial(torch.autocast, real.device.type, torch.bfloat16, enabled=amp)
     for x, z in zip(real, z_D):                     # (B, c, S, S), (B, z)
         optimizers["D"].zero_grad()
         with autocast():
@@ -860,8 +857,7 @@ def gan_step(G, D, optimizers, real, z_D, z_G, objective="hinge", clip=0.0, mask
     optimizers["G"].step()
     apply_masks_(G, masks["G"])
     losses = {"D": loss_D.detach(), "G": loss_G.detach()}
-    fake = fake.detach().to(z_G.dtype)
-    return {"losses": losses, "real": real[-1], "z": z_G, "fake": fake}
+    return {"losses": losses, "real": real[-1], "z": z_G, "fake": fake.detach().to(z_G.dtype)}
 
 def autoencoder_losses(nets, x, noise=None, beta=1.0, amp=False):
     """{"error"} or, given noise, {"error", "KL"} (beta times KL): scalars whose sum is minimised.
@@ -1069,7 +1065,7 @@ def read_json(path):
     try:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError, OSError) as error:
-        raise ValueError(f"cannot read {path} ({error!r:.120}); name a finished run") from None
+        raise ValueError(f"cannot read {path} ({error!r:.120}); name another folder") from None
 
 def write_text(path, text):
     """A text file, atomically."""
@@ -2093,8 +2089,7 @@ def kernel_distance(x, y, generator=None, subsets=10, size=1000):
     for _ in range(1 if m == len(x) == len(y) else subsets):
         a = x[torch.randperm(len(x), generator=generator)[:m]]
         b = y[torch.randperm(len(y), generator=generator)[:m]]
-        pairs = (a, a), (b, b), (a, b)
-        kaa, kbb, kab = ((p @ q.T / x.shape[1] + 1) ** 3 for p, q in pairs)
+        kaa, kbb, kab = ((p @ q.T / x.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
         within = (kaa.sum() - kaa.trace() + kbb.sum() - kbb.trace()) / (m * (m - 1))
         values.append(float(within - 2 * kab.mean()))
     return float(np.mean(values))
@@ -2120,8 +2115,7 @@ def networks_for_use(nets, ema, seed=0, size=64):
     """{role: network} in eval mode, of copies; a GAN's G by generator_for_use."""
     use = {role: copy.deepcopy(net).eval() for role, net in nets.items() if role != "G"}
     if "G" in nets:
-        average = ema["G"] if "G" in ema else None
-        use["G"] = generator_for_use(nets["G"], average, seed, size)
+        use["G"] = generator_for_use(nets["G"], ema["G"] if "G" in ema else None, seed, size)
     return nn.ModuleDict(use)
 
 @torch.no_grad()
@@ -2129,8 +2123,7 @@ def sample_images(G, count, seed=0, purpose="samples", size=100):
     """`count` uint8 images (count, C, S, S) on the CPU; the first n are the same for any count."""
     device, parts = next(G.parameters()).device, []
     for k in range(math.ceil(count / size)):  # whole batches, then cut
-        images = G(latents(size, G.z, seed, 0, purpose, k, device))
-        parts.append(to_uint8(images).cpu())
+        parts.append(to_uint8(G(latents(size, G.z, seed, 0, purpose, k, device))).cpu())
     return torch.cat(parts)[:count]
 
 @torch.no_grad()
@@ -2477,6 +2470,7 @@ def derive(s, given):
         f"--density-D {s.density_D} is above --max-density-D": s.density_D > s.max_density_D,
         f"--ratio-every is above D's interval, {s.window}": ddst and s.ratio_every > s.window,
         f"--band takes LOW <= HIGH; got {s.band}": s.band[0] > s.band[1],
+        "--amp saves time on a CUDA device only": s.amp and s.device == "cpu",
     }
     for message, refused in refusals.items():
         if refused:

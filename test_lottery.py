@@ -2802,7 +2802,7 @@ def test_folders_of_images_are_refused_or_train_without_a_distance(empty, capsys
 
 
 EACH = {  # flags of every method, the trainings that it leaves
-    "dense": ("--model dcgan", ["dense"]),
+    "dense": ("--model dcgan --ratio-every 1", ["dense"]),
     "static": ("", ["static"]),
     "sdst": ("--model vae", ["sdst"]),
     "ddst": ("", ["ddst"]),
@@ -2811,7 +2811,7 @@ EACH = {  # flags of every method, the trainings that it leaves
     "transfer": ("--ticket t.pt --model dcgan", ["transfer"]),
     "elastic": ("--ticket e.pt --model resnet20 --order interpolate", ["elastic"]),
     "magnitude": ("--model vae --rewind-step 1", ["before", "magnitude"]),
-    "snip": ("", ["snip"]),
+    "snip": ("--model sngan", ["snip"]),
     "grasp": ("--model sngan --density-D .5", ["grasp"]),
     "earlybird": ("--channels .3", ["before", "slim"]),
 }
@@ -2840,6 +2840,7 @@ def test_every_method_runs_leaves_its_files_continues_and_loads(empty, capsys, f
     assert set(KEYS) <= set(summary) and config["environment"]["threads"]
     nets, saved = L.load_model("r/model.pt")
     assert saved["metrics"]["value"] == summary["value"] and not nets.training
+    assert method != "dense" or summary["training_macs_relative"] > 1  # balance ratios cost, too
     if method == "imp":
         ends = ("", "-random", "-shuffled")
         names = ["dense", *(f"round-0{k}{end}" for k in (1, 2) for end in ends)]
@@ -2848,7 +2849,8 @@ def test_every_method_runs_leaves_its_files_continues_and_loads(empty, capsys, f
         found = {p.name for p in Path("r").glob(stem.format("*"))}
         assert found == {stem.format(name) for name in names}
     if method not in ("dense", "earlybird"):
-        pool = nets["G"] if method in L.SPARSE and "G" in nets else nets
+        pool = nets["G"] if method in (*L.SPARSE, "snip") and "G" in nets else nets
+        assert method != "snip" or all(name.startswith("G.") for name in saved["masks"])
         weights = L.prunable_parameters(pool)
         share = sum(int((w != 0).sum()) for w in weights.values())
         share /= sum(w.numel() for w in weights.values())
@@ -2920,6 +2922,7 @@ def test_an_elastic_run_trains_the_remapped_ticket_beside_its_controls(
     assert start == 2 and same(used, masks) and same(weights, wanted)
     assert "[0, 1, 2, 1, 2]" in capsys.readouterr().out
     assert summary["density"] == pytest.approx(L.density(masks))
+    assert summary["training_macs_relative"] < 0.4  # two of four steps at 30 %, no control
     random, shuffled = seen["elastic-random"], seen["elastic-shuffled"]
     assert same(random[1], used) and not torch.equal(
         random[0]["net.bn.weight"], weights["net.bn.weight"]
@@ -3019,7 +3022,8 @@ def test_an_early_bird_goes_on_with_exactly_what_was_cut_out(
 def test_an_early_bird_is_cut_at_half_of_the_steps_at_the_latest_per_layer(empty, few, capsys):
     flags = "--method earlybird --model ae --width .05 --batch-size 66 --steps 60 --lr 1e-9 --out e"
     assert not run(flags)["found"]
-    assert not read("e/done-before.pt")["state"].get("found")  # scales that have not moved: no mask
+    # Scales that have not moved give no mask.
+    assert "mask_distance" not in read("e/done-before.pt")["state"]["log"]
     nets, whole = L.load_model("e/model.pt")[0], L.build("ae", 32, 3, 0.05)
     for chain in L.channel_chains(whole):
         before, left = (len(m.get_submodule(chain.norm).weight) for m in (whole, nets))
@@ -3096,6 +3100,8 @@ def test_the_average_is_rewound_kept_and_used(empty, model, more, longest):
             decay = min(longest, 6 / 15)
             assert torch.allclose(average, start + (live - start) * (1 - decay), atol=1e-6)
             assert torch.equal(model_pt["weights"][name], average)
+    run("--method ticket --ticket r --controls --eval-images 640 --out t")  # not of a control
+    assert same(read("t/model.pt")["weights"], model_pt["weights"])
     network = L.feature_network("random")
     nets, saved = L.load_model("r/model.pt")
     real = L.extract(L.load_images("shapes", train=False)[0][:640], network)
@@ -3123,25 +3129,32 @@ def test_a_diverged_training_says_step_network_and_last_checkpoint_in_one_line(e
     assert err.count("\n") == 1 and "dense: loss of" in err and "last good checkpoint: none" in err
 
 
-def test_files_of_the_first_format_are_read(empty, few):
-    """Settings as the file wrote them before it had SETTINGS; tensors and keys are the same."""
-    old = {
-        "map": None,
-        "gamma_l1": None,
-        "scope": "global",
-        "roles": ["encoder", "decoder"],
-        "given": {},
-    }
-    _, masks = a_ticket(
-        empty / "t.pt", "vae", 0.05, **{k: v for k, v in old.items() if k == "scope"} and {}
-    )
-    ticket = read("t.pt")
-    L.save_torch(empty / "t.pt", ticket | {"settings": ticket["settings"] | old})
+def test_a_round_that_diverges_ends_the_rounds_and_not_the_run(empty, few, monkeypatch):
+    train = L.train
+
+    def failing(*args, checkpoint, **more):
+        if checkpoint.name == "round-02":
+            raise FloatingPointError("nan")
+        return train(*args, checkpoint=checkpoint, **more)
+
+    monkeypatch.setattr(L, "train", failing)
+    summary = run("--method imp --model linear_ae --width .1 --steps 2 --rounds 3 --out r")
+    assert len(summary["rounds"]) == 1 and summary["ticket"] == "ticket-01.pt"
+
+
+def test_files_with_the_settings_of_the_first_format_are_read(empty, few):
+    keys = "model dataset seed image_size channels width z classes steps batch_size lr prune"
+
+    def first_format(path):
+        settings = {key: read(path)["settings"][key] for key in f"{keys} rewind_step".split()}
+        L.save_torch(path, read(path) | {"settings": settings | {"gamma_l1": 0.0, "map": None}})
+
+    a_ticket(empty / "t.pt", "vae", 0.05)
+    first_format(empty / "t.pt")
     run("--method ticket --ticket t.pt --out r")
-    model = read("r/model.pt")
-    content = model | {"settings": model["settings"] | old}
-    L.save_torch(empty / "old.pt", content)
-    assert same(L.load_model("old.pt")[0].state_dict(), L.load_model("r/model.pt")[0].state_dict())
+    before = L.load_model("r/model.pt")[0].state_dict()
+    first_format(empty / "r/model.pt")
+    assert same(L.load_model("r/model.pt")[0].state_dict(), before)
 
 
 def killed_main(said, when, count, argv):
