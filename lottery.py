@@ -32,10 +32,10 @@ import torch.nn.functional as F
 from torch import nn
 
 # ==================================================================================================
-# 1. DATA: every image set becomes one uint8 tensor (N, C, H, W); only a classifier's folders, maybe
+# 1. DATA: every image set becomes one uint8 tensor (N, C, H, W); only a classifier's folders, say
 #    ImageNet, are a stream. A batch is a function of (seed, position): no loader's state is saved.
 
-# Native size, channels, may be mirrored (a mirrored 7 is not a 7), classes (0: no labels).
+# Default size, channels, may be mirrored (a mirrored 7 is not a 7), classes (0: no labels).
 DATASETS = {
     "shapes": dict(image_size=32, channels=3, flip=False, classes=3),
     "mnist": dict(image_size=32, channels=1, flip=False, classes=10),
@@ -43,14 +43,14 @@ DATASETS = {
     "cifar10": dict(image_size=32, channels=3, flip=True, classes=10),
     "stl10": dict(image_size=48, channels=3, flip=True, classes=10),
     "celeba": dict(image_size=64, channels=3, flip=True, classes=0),
-    "folder": dict(image_size=64, channels=3, flip=True, classes=0),  # any other path
     "imagenet": dict(image_size=224, channels=3, flip=True, classes=1000),
 }
+FOLDER = dict(image_size=64, channels=3, flip=True, classes=0)  # of images, at any path
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 def rng(seed, step, purpose, k=0):
     """A fresh CPU generator for one draw: randomness is a function of (seed, step, purpose, k).
-    Nothing here draws from torch's global generator. That is why a run that was cut off needs no
+    Nothing here changes torch's global generator. That is why a run that was cut off needs no
     random state to continue, why evaluating more often changes no weight, and why a CPU and a GPU
     see the same batches. sha256 and not hash(): Python salts hash() anew in every process."""
     digest = hashlib.sha256(f"{seed}/{step}/{purpose}/{k}".encode()).digest()
@@ -133,11 +133,11 @@ def decode_folder(folder, size, crop=None):
         with concurrent.futures.ThreadPoolExecutor() as pool:  # PIL decodes outside the GIL
             decoded = list(pool.map(lambda path: decode_image(path, size, crop), paths))
         images = [image for image in decoded if not isinstance(image, str)]
+        if not images:
+            raise ValueError(f"no readable image below {folder}: {' '.join(IMAGE_ENDINGS)}")
         for line in decoded:
             if isinstance(line, str):
                 print(line, file=sys.stderr)
-        if not images:
-            raise ValueError(f"no readable image below {folder}: {' '.join(IMAGE_ENDINGS)}")
         images = np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
         if len(paths) >= 1000:
             with contextlib.suppress(OSError):  # may not write there: decode every time
@@ -171,7 +171,7 @@ def load_images(name, root="data", size=None, train=True, labelled=False):
     root      where the sets lie, in torchvision's folder layout; torchvision fetches what it can
     labelled  of STL-10 take the 5,000 images with labels, not the 100,000 without
     CelebA and plain folders have no test part: a tenth of a seeded permutation is held out."""
-    size = size or DATASETS.get(name, DATASETS["folder"])["image_size"]
+    size = size or DATASETS.get(name, FOLDER)["image_size"]
     if name == "shapes":
         return shapes(10_000, size, seed=0) if train else shapes(2_000, size, seed=1)
     if name in ("mnist", "fashion_mnist", "cifar10", "stl10"):
@@ -241,7 +241,7 @@ class ImageStream(torch.utils.data.Dataset):
         path, _ = self.files.samples[item[-1] if isinstance(item, tuple) else item]
         try:
             image = self.files.loader(path)
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # PIL has errors of many kinds
             raise ValueError(f"cannot read {path} ({error})") from None
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
             if isinstance(item, tuple):
@@ -297,7 +297,7 @@ def batch_index(count, position, size, seed):
 
 def balanced_index(labels, count, generator):
     """(count,) int64: places of `count` images in random order, from the classes of `labels` (N,)
-    as equally as class sizes allow. (In class order a batch norm would see one at a time.)"""
+    as equally as class sizes allow."""
     order = torch.randperm(len(labels), generator=generator)
     rank = torch.zeros(len(labels))
     for label in labels.unique():
@@ -361,11 +361,12 @@ IMAGENET = RESNET | dict(lr=0.4, steps=112_680, batch_size=1024, rewind_step=6_2
 IMAGENET |= dict(schedule=dict(drops=(30 / 90, 60 / 90, 80 / 90), warmup=5 / 90))  # 90 epochs
 # Blocks per stage of torchvision's ResNets; resnet26 is Chen et al.'s, between the other two.
 STAGES = {"resnet18": (2, 2, 2, 2), "resnet26": (2, 3, 4, 3), "resnet34": (3, 4, 6, 3)}
+# wgan and the resnet_ models are reconstructions: Kalibhat et al. give no complete layer lists.
 MODELS = {
     "sngan": SNGAN,  # Miyato et al. 2018, with Wang et al.'s settings
     "dcgan": DCGAN,  # Radford et al. 2016
-    "wgan": WGAN,  # Arjovsky et al. 2017. Kalibhat et al. give no complete layer lists of
-    "resnet_dcgan": DCGAN | dict(z=128),  # it and of the resnet_ models: reconstructions
+    "wgan": WGAN,  # Arjovsky et al. 2017
+    "resnet_dcgan": DCGAN | dict(z=128),
     "linear_ae": AE | dict(z=3, steps=4_690, rewind_step=100),
     "ae": AE,
     "vae": VAE,  # Kingma & Welling 2014
@@ -376,8 +377,7 @@ MODELS = {
 GANS, VAES = ("sngan", "dcgan", "wgan", "resnet_dcgan"), ("vae", "resnet_vae")
 SAMPLED = (*GANS, *VAES)  # have samples, and so a distance
 CLASSIFIERS = tuple(name for name in MODELS if name not in (*SAMPLED, "linear_ae", "ae"))
-# On shapes: what a CPU trains in minutes. At their own lr two thousand steps of sngan or dcgan
-# give blobs, and without an average dcgan's last step is a draw of luck.
+# On shapes, for minutes on a CPU. At their own lr 2,000 steps of sngan or dcgan give blobs.
 SMALL = dict(width=0.125, batch_size=16, steps=2000)
 SHAPES_PRESET = {
     **dict.fromkeys(MODELS, dict(width=0.25, batch_size=64, steps=1000)),
@@ -646,8 +646,7 @@ def prunable_modules(model):
             yield f"{path}.{raw.pop()}".removeprefix("."), module
 
 def prunable_parameters(model):
-    """{name: parameter} of all prunable weights; never biases, norms, embeddings or buffers.
-    A weight that two layers share counts once, under its first name."""
+    """{name: parameter} of all prunable weights; a shared one counts once, under its first name."""
     found, seen = {}, set()
     for name, _ in prunable_modules(model):
         weight = model.get_parameter(name)
@@ -663,7 +662,7 @@ def keep_top(scores, k):
     otherwise; a sort takes nine times as long as kthvalue, 11 million scores on a CPU.)"""
     n = scores.numel()
     if torch.isnan(scores).any():
-        raise ValueError("scores hold NaN, which has no rank; find the step where it arose")
+        raise FloatingPointError("scores hold NaN, which has no rank")
     if not 0 < k < n:
         return torch.full_like(scores, k >= n, dtype=torch.bool)
     kth = scores.kthvalue(n - k + 1).values  # the k-th largest
@@ -732,8 +731,8 @@ def erk_densities(shapes, density):
 
 def exact_counts(densities, sizes, total):
     """Whole numbers near densities x sizes that add up to `total`, from 1 to the size each.
-    Floors first; what is left goes to the largest fractions. Rounding each layer by itself misses
-    the total by a few weights, and drawing each weight (the authors' code) by hundreds."""
+    Floors first, then the largest fractions. (The authors' code draws each weight by itself and
+    misses the total by hundreds.)"""
     if not len(sizes) <= total <= sum(sizes.values()):
         raise ValueError(f"{total} weights cannot keep {len(sizes)} layers alive; keep more")
     wanted = {name: densities[name] * sizes[name] for name in sizes}
@@ -768,8 +767,7 @@ def erk_masks(nets, densities, seed):
     return masks
 
 def shuffle_masks(masks, generator):
-    """Each mask permuted within its layer, so that only the number kept in it is left.
-    generator: a CPU torch.Generator."""
+    """Each mask permuted within its layer by a CPU generator: only its number kept is left."""
     shuffled = {}
     for name, mask in masks.items():
         order = torch.randperm(mask.numel(), generator=generator).to(mask.device)
@@ -785,7 +783,7 @@ def apply_masks_(model, masks):
         torch._foreach_mul_(weights, list(masks.values()))
 
 def counts_of(masks):
-    """{name: number of weights kept}. count_nonzero: a float32 sum of ones stops at 2^24."""
+    """{name: number of weights kept}. count_nonzero: float32 has not every number above 2^24."""
     return {name: int(torch.count_nonzero(mask)) for name, mask in masks.items()}
 
 def kept(masks):
@@ -825,7 +823,7 @@ def generator_loss(objective, fake):
 def gan_step(G, D, optimizers, real, z_D, z_G, objective="hinge", clip=0.0, masks=None, amp=False):
     """One iteration: n_critic steps of D, then one of G.
     optimizers  {"G": ..., "D": ...}
-    real, z_D   a batch of images (n_critic, B, c, S, S) and latents (n_critic, B, z) a step of D
+    real, z_D   for each step of D images (n_critic, B, c, S, S) and latents (n_critic, B, z)
     z_G         latents (B_G, z) for the step of G
     clip        > 0: D's parameters are clipped to [-clip, clip] (WGAN), then masked
     masks       {"G": {...}, "D": {...}} of masks by parameter name inside the network, or None
@@ -902,9 +900,8 @@ def classifier_step(net, optimizer, x, labels, masks=None, amp=False):
     return {"losses": {"net": loss.detach()}}
 
 def lr_factor(step, steps, drops=(1 / 2, 3 / 4), warmup=0.0):
-    """Factor of a classifier's learning rate: x .1 at each of `drops`, and linear from 0 over the
-    first `warmup`, in shares of the steps. Chen et al. 2021; the defaults are for CIFAR (their
-    code; the paper prints another second drop)."""
+    """Factor of a classifier's learning rate: x .1 at each of `drops`, linear from 0 over `warmup`,
+    shares of the steps. Chen et al. 2021's code for CIFAR; their paper has another second drop."""
     rise = round(warmup * steps)
     passed = sum(step > drop * steps - 1e-6 for drop in drops)
     return min(1.0, (step + 1) / rise if rise else 1.0) * 0.1**passed
@@ -1028,7 +1025,7 @@ def train(
         if step % look_every == 0:
             check_finite(out["losses"], step, nn.ModuleDict())
         end = bool(after_step and after_step(step, out)) or step == steps
-        # (t + 1) / (t + 10) at first: a fixed .999 holds a third of the start for 1,000 steps.
+        # A fixed decay of .999 would still hold a third of the start after 1,000 steps.
         ema_update_(ema, nets, min(ema_longest, step / (step + 9)), masks)
         now = time.perf_counter()
         seconds = earlier + now - began
@@ -1144,7 +1141,7 @@ class Checkpoint:
         self.written, self.good = time.perf_counter(), f"{path} (step {step})"
 
 # ==================================================================================================
-# 6. SCORES: how much each weight matters, before it is trained. {name: tensor shaped like the
+# 6. SCORES: how much each weight matters, early in training. {name: tensor shaped like the
 #    weight}, larger = keep, for prune_masks. SNIP and GraSP are called inside `with scoring(...)`
 #    of all networks that the loss passes through, and then leave no trace in them.
 
@@ -1385,8 +1382,7 @@ def load_ticket(path, device="cpu"):
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is no ticket of this program: {error!r:.120}") from None
 
-# Roles with the same architecture, so that a ticket of one can be tried in the other.
-KIN = {"G": "decoder", "decoder": "G", "D": "encoder", "encoder": "D"}
+KIN = {"G": "decoder", "decoder": "G", "D": "encoder", "encoder": "D"}  # the same trunks
 
 def transfer_ticket(theta, masks, target, roles=None):
     """A ticket into another model: decoder <-> generator, encoder <-> discriminator. Kalibhat 2021.
@@ -1480,8 +1476,7 @@ def mask_distance(a, b):
 def early_bird(masks, look_back=5, limit=0.1):
     """(found, distances of the newest mask to those before it). masks: one per epoch, the oldest
     first; found when the newest differs from each of the `look_back` - 1 before it in at most
-    `limit` of the channels. You et al. 2020's code; the first trained epoch counts, not the
-    initialisation, whose scales say nothing."""
+    `limit` of the channels. You et al. 2020's code; initial scales say nothing and do not count."""
     distances = [mask_distance(masks[-1], mask) for mask in masks[-look_back:-1]]
     return len(distances) == look_back - 1 and max(distances) <= limit, distances
 
@@ -1761,8 +1756,7 @@ def controller(ratio, count, low, high, change, floor, cap, total):
     return "hold", count
 
 def control_counts(masks, max_density, change=0.05, floor=0.05):
-    """dict(change, floor, cap, total) for `controller` from D's masks at the start and three shares
-    of its weights. The floor is no higher than the start."""
+    """dict(change, floor, cap, total) for `controller` of D's masks; no floor above the start."""
     total = sum(m.numel() for m in masks.values())
     floor, cap = min(round(floor * total), kept(masks)), round(max_density * total)
     return dict(change=round(change * total), floor=floor, cap=cap, total=total)
@@ -1772,8 +1766,8 @@ def gan_schedule(steps, update_every=None, strict=False):
     The paper's 500 and 1,000 (strict: 2,000) of 100,000 steps, scaled with the run. A floor of 20:
     between two updates new weights need time to grow past the magnitude that would drop them."""
     every = update_every or max(20, steps // 200)
-    shown = 0 if update_every == 0 else every
-    return shown, (4 if strict else 2) * every, math.ceil(0.05 * steps)
+    every_G = 0 if update_every == 0 else every
+    return every_G, (4 if strict else 2) * every, math.ceil(0.05 * steps)
 
 def dynamic_gan(
     nets, optimizers, masks, state, *, steps, seed, ratio_every=10, window_steps=0, update_every=0,
@@ -2042,8 +2036,7 @@ class InceptionFeatures(nn.Module):
         return self.net(2 * x - 1)
 
 def replace_pooling(block, pool):
-    """Let the pooling branch of a torchvision Inception block see pool(input of the block).
-    torchvision pools inside the block's forward; its result is thrown away (it costs little)."""
+    """Let the pooling branch of an Inception block see pool(input), not what its forward pooled."""
     seen = {}
     block.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
     block.branch_pool.register_forward_pre_hook(lambda module, args: (pool(seen.pop("x")),))
@@ -2097,8 +2090,7 @@ def kernel_distance(x, y, generator=None, subsets=10, size=1000):
 @torch.no_grad()
 def generator_for_use(G, averaged=None, seed=0, size=64):
     """A copy of G in eval mode, for sampling: the averaged weights if there are any, with batch
-    norm statistics that belong to them (over 20 seeded batches; the average has none of its own,
-    and those of the live G are of other weights). G and `averaged` are left alone."""
+    norm statistics of their own (over 20 seeded batches; those of the live G are not theirs)."""
     if averaged is None:
         return copy.deepcopy(G).eval()
     use = copy.deepcopy(averaged).train()
@@ -2160,11 +2152,13 @@ def distance_reference(images, held_out, network, features, count):
     floor is the distance of as many training images: a perfect generator's."""
     n = min(len(held_out), count)
     if n < 640:
-        return print(f"no distance: {n} held-out images are too few, 640 are needed")
+        print(f"no distance: {n} held-out images are too few, 640 are needed")
+        return None
     real = extract(held_out[:n], network)
     floor = frechet_distance(real, extract(images[:n], network))
-    name = "FID" if features == "inception" else f"FD-{features}"
-    return network, real, f"{name}-{f'{n // 1000}k' if n % 1000 == 0 else n}", floor
+    kind = "FID" if features == "inception" else f"FD-{features}"
+    number = f"{n // 1000}k" if n % 1000 == 0 else n
+    return network, real, f"{kind}-{number}", floor
 
 def measure(nets, held_out, truth, reference=None, seed=0):
     """{column: number} of networks for use: the metric that decides, and what stands beside it.
@@ -2289,8 +2283,8 @@ def draw_curve(path, rows, title):
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 # ==================================================================================================
-# 12. COMMAND LINE: settings, the run folder, a function per method, the table. Only this section
-#     prints (and the progress line of `train`), and only here are there settings.
+# 12. COMMAND LINE: settings, the run folder, a function per method, the table. There are settings
+#     in this section alone; elsewhere only warnings and progress are printed.
 
 SPARSE, SCORED = ("static", "sdst", "ddst"), ("magnitude", "snip", "grasp")
 MOVING, FROM_TICKET = ("sdst", "ddst"), ("ticket", "transfer", "elastic")
@@ -2314,7 +2308,7 @@ SETTINGS = {
     "density": Row(0.3, float, "share of weights kept", "(0, 1]", (*SPARSE, "imp", *SCORED)),
     "rounds": Row(20, int, "rounds of pruning", "[1, 1000]", ("imp",)),
     "rewind_step": Row(None, int, "prune there, or go back there", "[0, inf)", ("imp", *SCORED)),
-    "steps": Row(None, int, "of a GAN updates of G", "[1, inf)"),
+    "steps": Row(None, int, "of a GAN updates of G", "[1, 1000000000]"),
     "batch_size": Row(None, int, "images per step, of a GAN's D", "[2, inf)"),
     "width": Row(1.0, float, "multiplies every channel count", "(0, 16]"),
     "seed": Row(0, int, "of everything that is drawn", "[0, inf)"),
@@ -2328,7 +2322,7 @@ SETTINGS = {
     "lr": Row(None, float, "learning rate", "(0, inf)"),
     "ema": Row(None, float, "longest decay of the average of G, 0: none", "[0, 1)", GANS),
     "amp": Row(False, bool, "forward passes of the training in bfloat16"),
-    "workers": Row(8, int, "processes that decode a folder of classes", "[0, 64]", CLASSIFIERS),
+    "workers": Row(os.cpu_count(), int, "processes that decode images", "[0, 256]", CLASSIFIERS),
     "checkpoint_s": Row(120.0, float, "seconds between checkpoints", "[0, inf)"),
     "density_D": Row(None, float, "of D, ddst: at the start", "(0, 1]", (*SPARSE, *SCORED, *GANS)),
     "max_density_D": Row(1.0, float, "0.5 is the strict variant", "(0, 1]", ("ddst",)),
@@ -2353,7 +2347,7 @@ SETTINGS = {
 }
 
 def flag(name):
-    """"batch_size" as it is typed, --batch-size. (A setting `channels` is an image's.)"""
+    """--batch-size of "batch_size"; --channels of "channels_kept" (`channels` are an image's)."""
     return "--" + name.removesuffix("_kept").replace("_", "-")
 
 def parse(argv):
@@ -2365,8 +2359,7 @@ def parse(argv):
         if row.type is bool:
             how = dict(action="store_true", default=None)
         takes = row.takes if isinstance(row.takes, str) else ", ".join(row.takes)
-        readers = f"[{', '.join(row.read_by)}]" if row.read_by else ""
-        words = f"{row.help} {takes} (default {row.default}) {readers}"
+        words = f"{row.help} {takes} (default {row.default}) {' '.join(row.read_by)}"
         parser.add_argument(flag(name), dest=name, help=words, **how)
 
     def error(message):
@@ -2421,7 +2414,7 @@ def resolve(given):
     root = class_root(dataset, given.get("data", "data"), model)
     if dataset == "imagenet" and not root:
         raise ValueError(f"imagenet is for classifiers, not {model}")
-    data = dict(DATASETS.get(dataset, DATASETS["imagenet" if root else "folder"]))
+    data = dict(DATASETS.get(dataset, DATASETS["imagenet"] if root else FOLDER))
     if root:
         data |= dict(classes=len(class_names(root)), image_size=224 if model in STAGES else 32)
     if model == "linear_ae" and dataset in ("mnist", "fashion_mnist"):
@@ -2447,7 +2440,7 @@ def derive(s, given):
     if s.method == "imp":
         s.density = given.get("density")
         s.rounds = len(round_densities(s.prune_rate, s.rounds, s.density))
-    # A cap below 1 (strict: D may never be dense) only changes D's interval; the paper has both.
+    # A cap below 1 (strict): D changes half as often, and explores at its cap. The paper has both.
     every_G, s.window, s.first_D = gan_schedule(s.steps, s.update_every, s.max_density_D < 1)
     if s.method not in MOVING:
         s.update_every = 0
@@ -2466,7 +2459,7 @@ def derive(s, given):
         f"{s.model} needs labels, {s.dataset} has none": "net" in s.roles and not s.classes,
         "--rounds and --density both end pruning; pass one": {"rounds", "density"} <= {*given},
         f"--rewind-step {s.rewind_step} is not before --steps": s.rewind_step >= s.steps,
-        f"--prune takes {s.roles}; got {s.prune}": not {*s.prune} <= {*s.roles},
+        f"{s.model} has {s.roles}; --prune or ticket {s.prune}": not {*s.prune} <= {*s.roles},
         f"--density-D {s.density_D} is above --max-density-D": s.density_D > s.max_density_D,
         f"--ratio-every is above D's interval, {s.window}": ddst and s.ratio_every > s.window,
         f"--band takes LOW <= HIGH; got {s.band}": s.band[0] > s.band[1],
@@ -2507,8 +2500,10 @@ def pick_device(name=None):
     """torch.device by name, or the best there is. ValueError when it is unavailable."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("neither cpu nor cuda")
         torch.zeros(1, device=device)
-        return device
+        return device if device.type == "cuda" else torch.device("cpu")  # of cpu:0, too
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name} is unavailable ({error!r:.120})") from None
 
@@ -2609,7 +2604,7 @@ class Run:
 
     def fit(self, name, nets, masks, start=0, after_step=None, state=None, average=None):
         """One named training; returns Trained, at once when it is done already. A method is a
-        sequence of such calls. average: of G, where it is another; self.ema: of the last one."""
+        sequence of such calls. average: of G, to start from (G itself); self.ema keeps it."""
         s, state, optimizers = self.s, {} if state is None else state, {}
         for role, net in nets.items():
             optimizers[role] = make_optimizer(s.optimizer, net, s.lr, s.betas)
@@ -2645,7 +2640,7 @@ class Run:
         return done
 
     def for_use(self, nets, ema):
-        """networks_for_use, and their pictures."""
+        """networks_for_use; leaves their pictures in the folder, too."""
         s = self.s
         use = networks_for_use(nets, ema, s.seed, s.batch_size)
         draw_pictures(self.folder, use, self.held_out, s.model in SAMPLED, s.seed)
@@ -2688,15 +2683,13 @@ def start_masks(s, nets):
 
 def run_sparse(run):
     """dense, static, sdst, ddst: one training under masks that stay or move."""
-    done = run.fit(run.s.method, run.nets, run.masks)
-    return finish(run, run.nets, run.masks, done)
+    return finish(run, run.nets, run.masks, run.fit(run.s.method, run.nets, run.masks))
 
 def run_imp(run):
     """imp: a ticket file per round, and the table that says which of them win."""
     s, rows = run.s, []
     shares = round_densities(s.prune_rate, s.rounds, s.density)
-    names = ("rewind_step", "scope", "prune", "controls", "seed")
-    how = {name: getattr(s, name) for name in names}
+    how = {n: getattr(s, n) for n in ("rewind_step", "scope", "prune", "controls", "seed")}
     try:
         for round_ in iterative_magnitude_pruning(run.fresh, run.fit, shares, **how):
             ticket, number = round_.results["ticket"], round_.number
@@ -2726,8 +2719,7 @@ def open_ticket(s, nets):
     """(theta, masks, text) of a ticket, transfer or elastic run; ValueError if it does not fit."""
     ticket, target = load_ticket(s.ticket_file, s.device), nets.state_dict()
     theta, masks, fresh = ticket["theta"], ticket["masks"], []
-    known = {name: ticket[name] for name in ("round", "density", "metrics")}
-    text = f"  ticket of a {ticket['settings']['model']}, {known}"
+    text = f"  ticket of a {ticket['settings']['model']}: {ticket['metrics']}"
     if s.method == "transfer":
         theta, masks, received = transfer_ticket(theta, masks, target, s.prune)
         fresh = [name for name in target if name not in received]
@@ -2742,7 +2734,8 @@ def open_ticket(s, nets):
         trial.load_state_dict(theta)
         apply_masks_(trial, masks)
     except (RuntimeError, AttributeError) as error:
-        raise ValueError(f"--ticket does not fit {s.model}: {str(error)[:300]}") from None
+        what = " ".join(str(error).split())[:300]
+        raise ValueError(f"--ticket does not fit {s.model}: {what}") from None
     return theta, masks, f"{text}; fresh and dense: {', '.join(fresh) or 'none'}"
 
 def run_ticket(run):
@@ -2862,7 +2855,7 @@ def summarise(run, nets, masks, done):
     for role in ("", *nets):
         names = [name for name in sizes if name.startswith(role)]
         share = sum(counts[n] for n in names) / sum(dense_sizes[n] for n in names)
-        summary[f"density_{role}".strip("_")] = share
+        summary[f"density_{role}" if role else "density"] = share
     summary |= {"metric": last.get("metric_name"), "value": done.metric}
     if first["step"] == 0 and s.method != "transfer":
         if first.get("metric_name") == summary["metric"]:
@@ -2880,7 +2873,7 @@ def summarise(run, nets, masks, done):
     exact, paper = (sum(part) for part in zip(*run.spent.values()))
     summary["training_macs_relative"] = exact / dense[0]
     summary["training_macs_relative_paper"] = paper / dense[1]
-    return summary | {"seconds": round(sum(run.seconds.values()))}
+    return summary | {"seconds": round(sum(run.seconds.values()), 1)}
 
 COLUMNS = (
     "method model dataset round steps density density_G density_D metric value dense ticket random "
@@ -2913,20 +2906,22 @@ def print_summaries(summaries):
     groups = {}
     for run in summaries:
         key = str([run.get(name) for name in ("settings", "method", "steps", "metric")])
-        groups.setdefault(key, []).append(run | {"seeds": run["seed"]})
-    print(table(groups.values()))
+        groups.setdefault(key, []).append(run)
+    print(table([[run | {"seeds": str(len(runs))} for run in runs] for runs in groups.values()]))
     for runs in groups.values():
         rounds = list(zip(*(run.get("rounds", []) for run in runs)))
         if len(runs) > 1:
             rounds = [[row | {"verdict": None} for row in same] for same in rounds]
         if rounds:
-            print(f"{runs[0]['metric']}:\n{table(rounds)}")
+            print(f"{runs[0].get('metric')}:\n{table(rounds)}")
 
 def run_evaluate(given):
     """--evaluate DIR: a finished run measured again, a generator with these features and images."""
     reads = {"evaluate", "device", "data", "workers", *EVALUATION}
     if given.keys() - reads:
         raise ValueError(f"--evaluate reads only {', '.join(sorted(map(flag, reads)))}")
+    for name, value in given.items():
+        check(name, value)
     device = str(pick_device(given.get("device")))
     nets, saved = load_model(Path(given["evaluate"]) / "model.pt", device)
     check_read(given, None, saved["settings"]["model"])
@@ -2953,8 +2948,9 @@ def run_method(given):
     run, folder = Run(s), Path(s.out)
     check_folder(folder, s)
     if (folder / "summary.json").exists():
+        summary = read_json(folder / "summary.json")
         print(f"{folder} is finished; --evaluate {folder} measures it again")
-        return print_summaries([read_json(folder / "summary.json")])
+        return print_summaries([summary])
     if s.device == "cpu" and s.width == 1 and s.model in SAMPLED and s.dataset != "shapes":
         small = "--width 0.25 --batch-size 32 --steps 1500" + " --n-critic 1" * (s.model in GANS)
         print(f"full width takes days on a CPU; these flags fit one: {small}", flush=True)
@@ -2971,7 +2967,7 @@ def run_method(given):
         if not config.exists():
             here = {"torch": torch.__version__, "threads": threads, "machine": platform.machine()}
             write_text(config, json.dumps({**vars(s), "environment": here}, indent=1))
-        elif read_json(config)["environment"]["threads"] != threads:
+        elif read_json(config).get("environment", {}).get("threads") != threads:
             print(f"continuing with another number of threads, {threads}: last bits will differ")
         shown = ", ".join(f"{name} {value}" for name, value in identity(s).items() if value)
         print("\n".join(textwrap.wrap(shown, 100)), flush=True)
@@ -2993,7 +2989,8 @@ def main(argv=None):
             run_method(given)
         return 0
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"lottery.py: {' '.join(str(error).split())}", file=sys.stderr)
+        last = str(error).strip().splitlines()[-1]  # of a decoding process: its own error
+        print(f"lottery.py: {last}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         print("lottery.py: stopped; the same command goes on", file=sys.stderr)

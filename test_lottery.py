@@ -620,7 +620,7 @@ def test_keep_top_keeps_exactly_k_strictly_larger_first_then_by_position(scores)
 
 
 def test_scores_with_nan_and_densities_outside_zero_to_one_are_refused():
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(FloatingPointError, match="NaN"):
         L.prune_masks({"a": torch.tensor([1.0, math.nan, 2.0])}, 0.5)
     for density in (0, 1.5, -0.1, math.nan, math.inf):
         with pytest.raises(ValueError, match=r"in \(0, 1\]"):
@@ -3052,6 +3052,7 @@ def test_seeds_are_one_row_with_mean_and_sd_and_a_run_measures_again(empty, caps
     lines = capsys.readouterr().out.splitlines()
     values = [json.loads(Path(f"r{k}/summary.json").read_text())["value"] for k in (0, 1)]
     assert f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" in lines[1]
+    assert [line.split()[-1] for line in lines[1:3]] == ["2", "1"]  # seeds
     assert " ± " not in lines[2] and lines[3] == "held-out error:" and len(lines) == 7
     assert "verdict" not in lines[4] and " ± " in lines[5]  # over seeds it is the reader's
     assert L.main("--evaluate d --eval-images 640 --device cpu".split()) == 0
