@@ -1502,14 +1502,14 @@ def watch_channels(nets, chains, fraction, scope, epoch, steps, state):
 
     start = scales()
     state.setdefault("channels", [])
-    state.setdefault("log", {})
 
     def after_step(step, out):
         moved = (scales() - start).norm() >= 0.01 * start.norm()  # before that they rank nothing
         if step % epoch == 0 and moved:
             state["channels"] = [*state["channels"], draw()][-5:]
             state["found"], distances = early_bird(state["channels"])
-            state["log"] = state["log"] | {"mask_distance": max(distances, default=1.0)}
+            log = {"mask_distance": max(distances, default=1.0)}
+            state["log"] = state.get("log", {}) | log
         if 2 * step >= steps and not state["channels"]:
             state["channels"] = [draw()]
         return state.get("found", False) or 2 * step >= steps
