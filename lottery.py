@@ -2,7 +2,7 @@
 """Lottery tickets and sparse training for generative models, in one file.
 
 Result   DDST on the built-in pictures, G with 30 % of its weights: FD-random-2k 0.056 (untrained
-         0.836, dense 0.038, real against real 0.004), 162 s on two CPU cores. A linear autoencoder
+         0.836, dense 0.038, real against real 0.004), 157 s on two CPU cores. A linear autoencoder
          of Fashion-MNIST with 11 % of its weights: held-out error 0.092 (dense 0.090; random
          ticket 0.109, shuffled mask 0.109). Seed 0.
 Contents 1. DATA  2. MODELS  3. MASKS  4. OBJECTIVES  5. TRAINING  6. SCORES  7. TICKETS
