@@ -1624,44 +1624,43 @@ def drop_and_grow_(
     dropped weights come back first and the rest is random; a threshold "|g| >= 0" would keep all.
     Returns ({name: bool, newly grown}, number dropped, number grown): fewer of both when nothing
     more may be dropped, fewer grown when nothing is left to grow. Counts are exact."""
-    dims = output_dim or {}
-    magnitude = torch.cat([weights[name].detach().flatten() for name in masks]).abs()
-    was = torch.cat([mask.flatten() for mask in masks.values()]) != 0
-    safe = [row_largest(weights[n].detach(), masks[n], dims.get(n, 0)) for n in masks]
-    may_drop = was & ~torch.cat([rows.flatten() for rows in safe])
+    def flat(tensors):
+        return torch.cat([tensors[name].detach().flatten() for name in masks])
+
+    magnitude, was = flat(weights).abs(), flat(masks) != 0
+    dims, safe = output_dim or {}, {}
+    for name, mask in masks.items():
+        safe[name] = row_largest(weights[name].detach(), mask, dims.get(name, 0))
+    may_drop = was & ~flat(safe)
     short = max(0, drop - int(torch.count_nonzero(may_drop)))
     drop, grow = drop - short, max(0, grow - short)  # an exchange keeps its count
-    smallest = torch.where(may_drop, -magnitude, -math.inf)
-    dropped = keep_top(smallest, drop)
+    dropped = keep_top(torch.where(may_drop, -magnitude, -math.inf), drop)
     keep = was & ~dropped
     grow = min(grow, int(torch.count_nonzero(~keep)))
-    if grow:
-        chance, score = None, None
+    score = torch.zeros_like(magnitude)
+    if grow and how == "gradient":
+        score = flat(gradients).abs()
+        if not torch.isfinite(score).all():
+            raise FloatingPointError("a gradient by which weights would grow is not finite")
+    if grow and int(torch.count_nonzero((score > 0) & ~keep)) < grow:
+        rest = torch.rand(len(keep), generator=generator).to(keep.device)  # in [0, 1)
         if how == "gradient":
-            score = torch.cat([gradients[name].detach().flatten() for name in masks]).abs()
-            if not torch.isfinite(score).all():
-                raise FloatingPointError("a gradient by which weights would grow is not finite")
-        if how == "random" or int(torch.count_nonzero((score > 0) & ~keep)) < grow:
-            chance = torch.rand(len(keep), generator=generator).to(keep.device)  # in [0, 1)
-        if how == "random":
-            score = chance
-        elif chance is not None:  # what has a gradient, what was dropped by size, chance
-            rest = torch.where(dropped, 1 + magnitude, chance)
-            score = torch.where(score > 0, math.inf, rest)
-        keep |= keep_top(torch.where(keep, -math.inf, score), grow)
-    new = split_like(keep & ~was, masks)
+            rest = torch.where(dropped, 1 + magnitude, rest)
+        score = torch.where(score > 0, math.inf, rest)
+    keep |= keep_top(torch.where(keep, -math.inf, score), grow)
+    grown = split_like(keep & ~was, masks)
     for name, part in split_like(keep, masks).items():
         masks[name].copy_(part)  # in place: whoever holds the mask sees the change
         weights[name].data.mul_(part)
-    return {name: part.bool() for name, part in new.items()}, drop, grow
+    return {name: part.bool() for name, part in grown.items()}, drop, grow
 
 def row_largest(weight, mask, dim=0):
     """Bool, shaped like `weight`: the largest kept weight of every output row that keeps any."""
     rows = torch.where(mask != 0, weight.abs(), -math.inf).transpose(0, dim)
-    shape, rows = rows.shape, rows.flatten(1)  # (out, in*kh*kw)
-    best = torch.zeros_like(rows, dtype=torch.bool)
-    best[torch.arange(len(rows)), rows.argmax(1)] = rows.max(1).values > -math.inf
-    return best.view(shape).transpose(0, dim)
+    flat = rows.flatten(1)  # (out, in*kh*kw)
+    best = torch.zeros_like(flat, dtype=torch.bool)
+    best[torch.arange(len(flat)), flat.argmax(1)] = flat.amax(1) > -math.inf
+    return best.view(rows.shape).transpose(0, dim)
 
 def seed_optimizer_state_(optimizer, weights, grown, gradients):
     """Optimizer state at newly grown weights: first moment and momentum 0, second moment g^2.
@@ -1669,13 +1668,12 @@ def seed_optimizer_state_(optimizer, weights, grown, gradients):
     the start is long past, so a first step could be lr / sqrt(1 - beta2), 31 times too long.
     Wang et al.'s code leaves both moments as the dense gradients of a dead weight made them."""
     for name, new in grown.items():
-        state, square = optimizer.state.get(weights[name], {}), gradients[name] ** 2
-        for key in ("exp_avg", "momentum_buffer"):
-            if isinstance(state.get(key), torch.Tensor):
-                state[key].masked_fill_(new, 0.0)
-        for key in ("exp_avg_sq", "square_avg"):
-            if isinstance(state.get(key), torch.Tensor):
-                state[key].copy_(torch.where(new, square, state[key]))
+        square = gradients[name] ** 2
+        starts = {"exp_avg": 0.0, "momentum_buffer": 0.0}
+        starts |= {"exp_avg_sq": square, "square_avg": square}
+        for key, value in optimizer.state.get(weights[name], {}).items():
+            if key in starts and value is not None:
+                value.copy_(torch.where(new, starts[key], value))
 
 def update_masks_(nets, role, optimizer, masks, drop, grow, how, generator):
     """drop_and_grow_ on some masks of one network, by the gradients of the step just done, and the
@@ -1687,8 +1685,8 @@ def update_masks_(nets, role, optimizer, masks, drop, grow, how, generator):
             weights[name] = nets.get_parameter(name)
             dims[name] = int(isinstance(module, nn.ConvTranspose2d))  # (in, out, kh, kw)
     gradients = {name: weight.grad for name, weight in weights.items()}
-    tensors = weights, masks, gradients
-    grown, _, grow = drop_and_grow_(*tensors, drop, grow, how, generator, dims)
+    given = weights, masks, gradients, drop, grow, how, generator, dims
+    grown, _, grow = drop_and_grow_(*given)
     seed_optimizer_state_(optimizer, weights, grown, gradients)
     return bool(grow) and how == "gradient"
 
@@ -2303,11 +2301,11 @@ class Row(NamedTuple):
 
 SETTINGS = {
     "method": Row("ddst", str, "how to train:", METHODS),
-    "dataset": Row("shapes", str, f"{', '.join(DATASETS)} or the path of a folder of images"),
-    "model": Row(None, str, "what to train:", tuple(MODELS)),
+    "dataset": Row("shapes", str, f"{', '.join(DATASETS)} or a folder of images"),
+    "model": Row("sngan", str, "what to train:", tuple(MODELS)),
     "density": Row(0.3, float, "share of weights kept", "(0, 1]", (*SPARSE, "imp", *SCORED)),
     "rounds": Row(20, int, "rounds of pruning", "[1, 1000]", ("imp",)),
-    "rewind_step": Row(None, int, "prune there, or go back there", "[0, inf)", ("imp", *SCORED)),
+    "rewind_step": Row(None, int, "prune or go back there", "[0, inf)", ("imp", *SCORED)),
     "steps": Row(None, int, "of a GAN updates of G", "[1, 1000000000]"),
     "batch_size": Row(None, int, "images per step, of a GAN's D", "[2, inf)"),
     "width": Row(1.0, float, "multiplies every channel count", "(0, 16]"),
@@ -2315,36 +2313,39 @@ SETTINGS = {
     "device": Row(None, str, "cpu, cuda, cuda:1 ... (cuda when there is one)"),
     "out": Row(None, str, "run folder (runs/METHOD-MODEL-DATASET-SEED)"),
     "data": Row("data", str, "folder that holds the data sets"),
-    "image_size": Row(None, int, "pixels; of most models 32, 48 or 64", "[8, 1024]"),
-    "z": Row(None, int, "size of the latent vector", "[1, 65536]", (*SAMPLED, "linear_ae", "ae")),
+    "image_size": Row(None, int, "pixels; of most models 32, 48, 64", "[8, 1024]"),
+    "z": Row(None, int, "size of the latents", "[1, 65536]", (*SAMPLED, "linear_ae", "ae")),
     "beta": Row(None, float, "weight of the KL term", "[0, inf)", VAES),
     "n_critic": Row(None, int, "steps of D per step of G", "[1, inf)", GANS),
     "lr": Row(None, float, "learning rate", "(0, inf)"),
-    "ema": Row(None, float, "longest decay of the average of G, 0: none", "[0, 1)", GANS),
+    "ema": Row(None, float, "longest decay of G's average, 0: none", "[0, 1)", GANS),
     "amp": Row(False, bool, "forward passes of the training in bfloat16"),
-    "workers": Row(os.cpu_count(), int, "processes that decode images", "[0, 256]", CLASSIFIERS),
+    "workers": Row(os.cpu_count(), int, "processes that decode", "[0, 256]", CLASSIFIERS),
     "checkpoint_s": Row(120.0, float, "seconds between checkpoints", "[0, inf)"),
-    "density_D": Row(None, float, "of D, ddst: at the start", "(0, 1]", (*SPARSE, *SCORED, *GANS)),
+    "density_D": Row(None, float, "ddst: at first", "(0, 1]", (*SPARSE, *SCORED, *GANS)),
     "max_density_D": Row(1.0, float, "0.5 is the strict variant", "(0, 1]", ("ddst",)),
-    "update_every": Row(None, int, "steps between mask updates, 0: none", "[0, inf)", MOVING),
+    "update_every": Row(None, int, "steps between mask updates", "[0, inf)", MOVING),
     "grow": Row("gradient", str, "new weights by", ("gradient", "random"), MOVING),
-    "band": Row([0.45, 0.55], float, "balance ratios to keep D in", "(-inf, inf)", ("ddst",), 2),
+    "band": Row([0.45, 0.55], float, "ratios to keep D in", "(-inf, inf)", ("ddst",), 2),
     "ratio_every": Row(10, int, "steps between balance ratios", "[1, inf)", GANS),
-    "prune_rate": Row(0.2, float, "share of survivors pruned per round", "[0.01, 1)", ("imp",)),
-    "score_batches": Row(4, int, "batches that scores sum over", "[1, inf)", ("snip", "grasp")),
-    "scope": Row("global", str, "pool:", ("global", "network", "layer"), ("imp", "earlybird")),
-    "prune": Row(None, str, "networks that are pruned, or receive", (), ("imp", "transfer"), "+"),
-    "controls": Row(False, bool, "two control trainings", (), ("imp", *FROM_TICKET, *SCORED)),
-    "channels_kept": Row(0.45, float, "share of the channels", "(0, 1]", ("earlybird",)),
+    "prune_rate": Row(0.2, float, "share pruned per round", "[0.01, 1)", ("imp",)),
+    "score_batches": Row(4, int, "batches to score by", "[1, inf)", ("snip", "grasp")),
+    "scope": Row("global", str, "", ("global", "network", "layer"), ("imp", "earlybird")),
+    "prune": Row(None, str, "networks to prune, or to fill", (), ("imp", "transfer"), "+"),
+    "controls": Row(False, bool, "and controls", (), ("imp", *FROM_TICKET, *SCORED)),
+    "channels_kept": Row(0.45, float, "share of channels", "(0, 1]", ("earlybird",)),
     "ticket": Row(None, str, "ticket file, or folder of an imp run", (), FROM_TICKET),
-    "order": Row("append", str, "of copied blocks", ("append", "interpolate"), ("elastic",)),
+    "order": Row("append", str, "of copies", ("append", "interpolate"), ("elastic",)),
     "eval_every": Row(None, int, "steps between evaluations", "[1, inf)"),
-    "eval_images": Row(None, int, "most images on a side of a distance", "[1, inf)", SAMPLED),
+    "eval_images": Row(None, int, "most images on a side", "[1, inf)", SAMPLED),
     "features": Row("random", str, "of the distance", ("random", "inception"), SAMPLED),
-    "inception_weights": Row(None, str, "file of the FID network's weights", (), SAMPLED),
+    "inception_weights": Row(None, str, "file of the FID network", (), SAMPLED),
     "evaluate": Row(None, str, "folder of a finished run: measure it again"),
     "table": Row(None, str, "folders of finished runs: side by side", nargs="+"),
 }
+# What a method has by default where it differs from the rows.
+BY_METHOD = {"imp": dict(model="dcgan"), "earlybird": dict(model="dcgan", scope="layer")}
+BY_METHOD |= dict.fromkeys(SCORED, dict(model="resnet20", rewind_step=0))
 
 def flag(name):
     """--batch-size of "batch_size"; --channels of "channels_kept" (`channels` are an image's)."""
@@ -2352,8 +2353,8 @@ def flag(name):
 
 def parse(argv):
     """The flags that were given, as a dict. argparse's defaults are None: `resolve` has others."""
-    text = "Sparse training and tickets. The same command again continues a run that was cut off."
-    parser = argparse.ArgumentParser(prog="lottery.py", description=text, allow_abbrev=False)
+    text = "Sparse training and tickets. The same command continues a run that was cut off."
+    parser = argparse.ArgumentParser("lottery.py", description=text, allow_abbrev=False)
     for name, row in SETTINGS.items():
         how = dict(type=row.type, nargs=row.nargs)
         if row.type is bool:
@@ -2362,8 +2363,8 @@ def parse(argv):
         words = f"{row.help} {takes} (default {row.default}) {' '.join(row.read_by)}"
         parser.add_argument(flag(name), dest=name, help=words, **how)
 
-    def error(message):
-        raise ValueError(message)  # argparse would print its usage too; one line says it
+    def error(message):  # argparse would print its usage too; one line says it
+        raise ValueError(message)
 
     parser.error = error
     given = vars(parser.parse_args(argv))
@@ -2389,7 +2390,7 @@ def check_read(given, method, model):
     """ValueError for a flag that the method or model does not read: it would have no effect."""
     for name in given:
         for known, chosen in ((METHODS, method), (MODELS, model)):
-            readers = [reader for reader in SETTINGS[name].read_by if reader in known]
+            readers = [who for who in SETTINGS[name].read_by if who in known]
             if readers and chosen not in readers:
                 who = ", ".join(readers)
                 raise ValueError(f"{flag(name)} is not read by {chosen}; it is read by {who}")
@@ -2397,31 +2398,32 @@ def check_read(given, method, model):
 def resolve(given):
     """All settings of a run. A value comes from the first that has it: flag, ticket, method, preset
     of shapes, model, data set, row of SETTINGS; `derive` fills in what depends on the others."""
-    method = given.get("method", "ddst")
+    rows = {name: row.default for name, row in SETTINGS.items()}
+    method = given.get("method", rows["method"])
     check("method", method)
-    ticket = ticket_settings(given, method) if method in FROM_TICKET else {}
-    usual = {"imp": "dcgan", "earlybird": "dcgan", **dict.fromkeys(SCORED, "resnet20")}
-    model = given.get("model", ticket.get("model", usual.get(method, "sngan")))
-    dataset = given.get("dataset", ticket.get("dataset", "shapes"))
+    ticket = {}
+    if method in FROM_TICKET:
+        ticket = ticket_settings(given, method)
+    by_method = BY_METHOD.get(method, {})
+    known = collections.ChainMap(given, ticket, by_method, rows)
+    model, dataset = known["model"], known["dataset"]
     check("model", model)
     check_read(given, method, model)
-    by_method = {"earlybird": dict(scope="layer"), **dict.fromkeys(SCORED, dict(rewind_step=0))}
     preset = {}
     if dataset == "shapes":
         preset = {"rounds": 5, **SHAPES_PRESET[model]}
         if method == "earlybird":  # it takes five epochs, and as many steps after them
             preset |= dict(batch_size=64, steps=2000)
-    root = class_root(dataset, given.get("data", "data"), model)
+    root = class_root(dataset, known["data"], model)
     if dataset == "imagenet" and not root:
         raise ValueError(f"imagenet is for classifiers, not {model}")
     data = dict(DATASETS.get(dataset, DATASETS["imagenet"] if root else FOLDER))
     if root:
-        data |= dict(classes=len(class_names(root)), image_size=224 if model in STAGES else 32)
+        size = 224 if model in STAGES else 32
+        data |= dict(classes=len(class_names(root)), image_size=size)
     if model == "linear_ae" and dataset in ("mnist", "fashion_mnist"):
         data["image_size"] = 28  # the paper's 784 inputs; no black frame
-    rows = {name: row.default for name, row in SETTINGS.items()}
-    chosen = dict(method=method, model=model, dataset=dataset)
-    layers = (chosen, given, ticket, by_method.get(method, {}), preset, MODELS[model], data, rows)
+    layers = given, ticket, by_method, preset, MODELS[model], data, rows
     s = types.SimpleNamespace(**collections.ChainMap(*layers))
     for name in SETTINGS:
         if getattr(s, name) is not None:
@@ -2436,12 +2438,14 @@ def derive(s, given):
     """Fill in settings that depend on others, refuse those that contradict each other."""
     gan, ddst = s.model in GANS, s.method == "ddst"
     s.prune = s.prune or s.roles
-    s.eval_every = s.eval_every or (s.steps if s.method == "imp" else max(1, s.steps // 10))
+    if not s.eval_every:
+        s.eval_every = s.steps if s.method == "imp" else max(1, s.steps // 10)
     if s.method == "imp":
         s.density = given.get("density")
         s.rounds = len(round_densities(s.prune_rate, s.rounds, s.density))
-    # A cap below 1 (strict): D changes half as often, and explores at its cap. The paper has both.
-    every_G, s.window, s.first_D = gan_schedule(s.steps, s.update_every, s.max_density_D < 1)
+    # A cap below 1 (strict): D changes half as often, and explores at its cap.
+    schedule = gan_schedule(s.steps, s.update_every, s.max_density_D < 1)
+    every_G, s.window, s.first_D = schedule
     if s.method not in MOVING:
         s.update_every = 0
     elif gan:
@@ -2449,8 +2453,9 @@ def derive(s, given):
     elif s.update_every is None:  # RigL's 100 of 97,656 steps, more often in a shorter run
         s.update_every = min(100, max(20, s.steps // 600))
     if ddst and s.density_D is None:
-        preset = s.dataset == "shapes" and "density" not in given
-        s.density_D = min(0.5, s.max_density_D) if preset else s.density
+        s.density_D = s.density
+        if s.dataset == "shapes" and "density" not in given:
+            s.density_D = min(0.5, s.max_density_D)
     s.density_D = s.density_D or 1.0
     s.device = str(pick_device(s.device))
     s.out = s.out or f"runs/{s.method}-{s.model}-{Path(s.dataset).name}-{s.seed}"
@@ -2463,7 +2468,6 @@ def derive(s, given):
         f"--density-D {s.density_D} is above --max-density-D": s.density_D > s.max_density_D,
         f"--ratio-every is above D's interval, {s.window}": ddst and s.ratio_every > s.window,
         f"--band takes LOW <= HIGH; got {s.band}": s.band[0] > s.band[1],
-        "--amp saves time on a CUDA device only": s.amp and s.device == "cpu",
     }
     for message, refused in refusals.items():
         if refused:
@@ -2472,29 +2476,33 @@ def derive(s, given):
 
 def class_root(dataset, data, model):
     """The folder whose train/ and val/ a classifier's images are streamed from, or None."""
-    if model not in CLASSIFIERS or dataset in DATASETS and dataset != "imagenet":
-        return None
-    return Path(data) / "imagenet" if dataset == "imagenet" else Path(dataset)
+    if model in CLASSIFIERS and dataset == "imagenet":
+        return Path(data) / "imagenet"
+    if model in CLASSIFIERS and dataset not in DATASETS:
+        return Path(dataset)
 
 def ticket_settings(given, method):
     """Settings that a run inherits from its --ticket, and the file they are from, its digest."""
     if "ticket" not in given or (method == "transfer" and "model" not in given):
-        raise ValueError(f"{method} needs --ticket, a file or imp's folder; transfer --model, too")
+        needs = "--ticket, a file or imp's folder; transfer --model, too"
+        raise ValueError(f"{method} needs {needs}")
     path = Path(given["ticket"])
     if path.is_dir():
         path = path / str(read_json(path / "summary.json").get("ticket"))
     if not path.is_file():
-        raise ValueError(f"--ticket {path} is no file; name a ticket-NN.pt or a finished imp run")
-    theirs, names = load_ticket(path)["settings"], ["dataset", "seed", "width", "image_size", "z"]
+        raise ValueError(f"--ticket {path} is no file; name a ticket-NN.pt or an imp run")
+    theirs = load_ticket(path)["settings"]
+    names = ["dataset", "seed", "width", "image_size", "z"]
     if method != "transfer":
         names += ["steps", "batch_size", "lr", "rewind_step", "prune"]
     if method == "ticket":
         names += ["model", "ema", "n_critic", "beta"]
-    inherited = {name: theirs[name] for name in names if theirs.get(name) is not None}
+    inherited = {n: theirs[n] for n in names if theirs.get(n) is not None}
     if method == "elastic":
-        inherited["model"] = "resnet34" if theirs.get("model") in STAGES else "resnet32"
-    inherited["ticket_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return inherited | {"ticket_file": str(path)}
+        torchvisions = theirs.get("model") in STAGES
+        inherited["model"] = "resnet34" if torchvisions else "resnet32"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return inherited | {"ticket_sha256": digest, "ticket_file": str(path)}
 
 def pick_device(name=None):
     """torch.device by name, or the best there is. ValueError when it is unavailable."""
@@ -2503,9 +2511,9 @@ def pick_device(name=None):
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("neither cpu nor cuda")
         torch.zeros(1, device=device)
-        return device if device.type == "cuda" else torch.device("cpu")  # of cpu:0, too
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name} is unavailable ({error!r:.120})") from None
+    return device if device.type == "cuda" else torch.device("cpu")  # of cpu:0, too
 
 def identity(s):
     """The settings that make a run what it is; plain values."""
@@ -2517,7 +2525,8 @@ def check_folder(folder, s):
         if folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
             raise ValueError(f"--out {folder} holds other things than a run; name another")
         return
-    theirs, ours = read_json(folder / "config.json"), json.loads(json.dumps(vars(s)))
+    theirs = read_json(folder / "config.json")
+    ours = json.loads(json.dumps(vars(s)))
     names = list(identity(s))
     if s.method == "imp" or s.controls:  # trainings that are compared must be measured alike
         names += EVALUATION
@@ -2531,7 +2540,7 @@ class Run:
     or an ImageStream; masks are flat, "G.stem.weight", and {} when dense."""
     def __init__(self, s):
         self.s, self.folder = s, Path(s.out)
-        self.first_row, self.seconds, self.spent = None, {}, {}  # of the trainings so far
+        self.seconds, self.spent = {}, {}  # of the trainings so far
 
     def load(self):
         """Read data and feature network. ValueError if something is missing; writes nothing."""
@@ -2581,13 +2590,14 @@ class Run:
 
         def draw(step):
             if "G" in nets:
-                x = [real((step * s.n_critic + k) * B) for k in range(s.n_critic)]
-                z_D = [self.noise(step, "latents D", k) for k in range(s.n_critic)]
+                steps_D = range(s.n_critic)
+                x = [real((step * s.n_critic + k) * B) for k in steps_D]
+                z_D = [self.noise(step, "latents D", k) for k in steps_D]
                 z_G = self.noise(step, "latents G", 0, s.g_batches)
                 return torch.stack(x), torch.stack(z_D), z_G
             if "encoder" in nets:
                 return real(step * B), self.noise(step, "noise") if s.model in VAES else None
-            for group in optimizers["net"].param_groups:  # `update` reads no changing number
+            for group in optimizers["net"].param_groups:
                 group["lr"] = s.lr * lr_factor(step, s.steps, **s.schedule)
             index = batch_index(len(self.images), step * B, B, s.seed)
             return real(step * B), self.labels[index].to(s.device)
@@ -2598,9 +2608,24 @@ class Run:
                 return gan_step(*pair, *draws, s.objective, s.clip, split, s.amp)
             if "encoder" in nets:
                 return autoencoder_step(nets, optimizers, *draws, s.beta, masks, s.amp)
-            return classifier_step(nets["net"], optimizers["net"], *draws, split["net"], s.amp)
+            pair = nets["net"], optimizers["net"]
+            return classifier_step(*pair, *draws, split["net"], s.amp)
 
         return draw, update
+
+    def dynamics(self, nets, optimizers, masks, state, start):
+        """The after_step that moves masks (or none) and, of a GAN, measures the balance ratio."""
+        s = self.s
+        how = dict(steps=s.steps, seed=s.seed, how=s.grow, start=start)
+        how["update_every"] = s.update_every
+        if "G" not in nets:
+            return dynamic_layers(nets, optimizers, masks, state, **how)
+        how |= dict(ratio_every=s.ratio_every, window_steps=s.window, amp=s.amp)
+        if s.method == "ddst":
+            control = dict(every=s.window, first=s.first_D, low=s.band[0], high=s.band[1])
+            counts = control_counts(of_role(masks, "D"), s.max_density_D)
+            how["control"] = control | counts
+        return dynamic_gan(nets, optimizers, masks, state, **how)
 
     def fit(self, name, nets, masks, start=0, after_step=None, state=None, average=None):
         """One named training; returns Trained, at once when it is done already. A method is a
@@ -2611,30 +2636,25 @@ class Run:
         ema = self.ema = nn.ModuleDict()
         if s.ema:
             ema["G"] = copy.deepcopy(average or nets["G"]).requires_grad_(False)
-        dynamic, how = dynamic_layers, dict(steps=s.steps, seed=s.seed, how=s.grow, start=start)
-        if "G" in nets:
-            dynamic = dynamic_gan
-            how |= dict(ratio_every=s.ratio_every, window_steps=s.window, amp=s.amp)
-        if s.method == "ddst":
-            control = dict(every=s.window, first=s.first_D, low=s.band[0], high=s.band[1])
-            how["control"] = control | control_counts(of_role(masks, "D"), s.max_density_D)
-        how["update_every"] = s.update_every
-        move_masks = dynamic(nets, optimizers, masks, state, **how)
+        move_masks = self.dynamics(nets, optimizers, masks, state, start)
 
         def both(step, out):
             move_masks(step, out)
             return after_step and after_step(step, out)
 
+        def evaluate(step):
+            return self.measure(self.for_use(nets, ema))
+
         checkpoint = Checkpoint(self.folder, name, s.checkpoint_s)
-        how = dict(optimizers=optimizers, start=start, masks=masks, after_step=both, state=state)
-        how |= dict(evaluate=lambda step: self.measure(self.for_use(nets, ema)), ema=ema)
-        how |= dict(eval_every=s.eval_every, ema_longest=s.ema, checkpoint=checkpoint)
+        how = dict(optimizers=optimizers, start=start, masks=masks, state=state)
+        how |= dict(after_step=both, ema=ema, ema_longest=s.ema)
+        how |= dict(evaluate=evaluate, eval_every=s.eval_every, checkpoint=checkpoint)
         try:
             done = train(nets, *self.halves(nets, optimizers, masks), s.steps, **how)
         except FloatingPointError as error:
-            hint = f"last good checkpoint: {checkpoint.good}. Try a smaller --lr, or another --seed"
+            hint = f"last good checkpoint: {checkpoint.good}. Try a smaller --lr or another --seed"
             raise FloatingPointError(f"{name}: {error}; {hint}") from None
-        self.first_row, self.seconds[name] = self.first_row or done.rows[0], done.seconds
+        self.seconds[name] = done.seconds
         if not name.endswith(("-random", "-shuffled")):
             self.spent[name] = self.training_macs(nets, state["history"], done.step)
         return done
@@ -2664,15 +2684,15 @@ class Run:
 
 def start_masks(s, nets):
     """The flat masks of static, sdst and ddst; {} for methods that start dense. A network that
-    stays dense has none: nothing to multiply, nothing to store. ddst's D has them even while all
-    are 1, because they will move. ValueError where a share would leave layers without a weight."""
+    stays dense has none. ddst's D has them even while all are 1, because they will move.
+    ValueError where a share would leave layers without a weight: every method is tried out."""
     if s.method in SPARSE:
         shares = {role: s.density_D if role == "D" else s.density for role in s.roles}
         moving = {role: d for role, d in shares.items() if d < 1 or s.method == "ddst"}
         return erk_masks(nets, moving, s.seed)
-    if s.method == "imp":  # the last round is tried out before anything is trained
+    if s.method == "imp":
         scores = score_magnitude(nets)
-        scores = {name: w for name, w in scores.items() if name.split(".")[0] in s.prune}
+        scores = {n: w for n, w in scores.items() if n.split(".")[0] in s.prune}
         last = round_densities(s.prune_rate, s.rounds, s.density)[-1]
         prune_masks(scores, last, scope=s.scope, keep_best=True)
     if s.method in SCORED:
@@ -2683,26 +2703,29 @@ def start_masks(s, nets):
 
 def run_sparse(run):
     """dense, static, sdst, ddst: one training under masks that stay or move."""
-    return finish(run, run.nets, run.masks, run.fit(run.s.method, run.nets, run.masks))
+    done = run.fit(run.s.method, run.nets, run.masks)
+    return finish(run, run.nets, run.masks, done)
 
 def run_imp(run):
     """imp: a ticket file per round, and the table that says which of them win."""
     s, rows = run.s, []
     shares = round_densities(s.prune_rate, s.rounds, s.density)
-    how = {n: getattr(s, n) for n in ("rewind_step", "scope", "prune", "controls", "seed")}
+    names = "rewind_step", "scope", "prune", "controls", "seed"
+    how = {name: getattr(s, name) for name in names}
     try:
         for round_ in iterative_magnitude_pruning(run.fresh, run.fit, shares, **how):
-            ticket, number = round_.results["ticket"], round_.number
+            number, masks, theta, results = round_
+            ticket = results["ticket"].metric
             if number == 0:
-                dense = ticket.metric
+                dense = ticket
                 continue
-            row = {"round": number, "density": density(round_.masks), "dense": dense}
-            row |= {name: done.metric for name, done in round_.results.items()}
-            higher = s.model in CLASSIFIERS
-            row["verdict"] = verdict(dense, ticket.metric, row.get("random"), higher)
-            rows.append(row | role_densities(run.nets, round_.masks))
+            row = {"round": number, "density": density(masks), "dense": dense}
+            row |= {name: done.metric for name, done in results.items()}
+            better = s.model in CLASSIFIERS
+            row["verdict"] = verdict(dense, ticket, row.get("random"), better)
+            rows.append(row | role_densities(run.nets, masks))
             path = run.folder / f"ticket-{number:02}.pt"
-            save_ticket(path, round_.theta, round_.masks, identity(s), number, rows[-1])
+            save_ticket(path, theta, masks, identity(s), number, rows[-1])
             print(table([rows[-1:]]), flush=True)
     except FloatingPointError as error:
         if not rows:
@@ -2760,19 +2783,21 @@ def train_masked(run, theta, masks, start):
             other = run.fresh()
             if start:
                 run.fit("before", other, {}, 0, lambda step, out: step == start)
-            one_shot = prune_masks(score_magnitude(other), density(masks), keep_best=True)
+            scores = score_magnitude(other)
+            one_shot = prune_masks(scores, density(masks), keep_best=True)
             results["one-shot"] = run.fit("magnitude", other, one_shot, start)
-        row = {"round": 0, "density": density(masks), "dense": None, "ticket": done.metric}
+        row = {"round": 0, "density": density(masks), "verdict": "-"}
+        row |= {"dense": None, "ticket": done.metric}
         row |= {name: control.metric for name, control in results.items()}
-        more = {"rounds": [row | role_densities(nets, masks) | {"verdict": "-"}]}
+        more = {"rounds": [row | role_densities(nets, masks)]}
     run.ema, run.spent = ema, spent
     return finish(run, nets, masks, done, **more)
 
 def run_one_shot(run):
     """magnitude, snip, grasp: train dense to --rewind-step, score there, prune once, train on."""
-    s, nets, k = run.s, run.nets, run.s.rewind_step
-    if k:
-        run.fit("before", nets, {}, 0, lambda step, out: step == k)
+    s, nets, start = run.s, run.nets, run.s.rewind_step
+    if start:
+        run.fit("before", nets, {}, 0, lambda step, out: step == start)
     theta = {name: value.clone() for name, value in nets.state_dict().items()}
     labels = run.labels if "net" in nets else torch.zeros(len(run.images))
 
@@ -2787,18 +2812,19 @@ def run_one_shot(run):
     def noise(k, role):
         return run.noise(k, f"score {role}", 0, s.g_batches if role == "G" else 1)
 
-    grasp = s.method == "grasp"
-    losses = scoring_losses(nets, draw, noise, s.objective, s.beta, 200 if grasp else 1)
+    temperature, score = 1, score_snip
+    if s.method == "grasp":
+        temperature, score = 200, score_grasp
+    losses = scoring_losses(nets, draw, noise, s.objective, s.beta, temperature)
 
     def scores(prefix, net):
         if s.method == "magnitude":
             return score_magnitude(net)
         with scoring(*nets.values()):
-            score = score_grasp if grasp else score_snip
             return score(net, losses[prefix], s.score_batches)
 
     masks = pruned_by(s, nets, scores)
-    return train_masked(run, theta, masks, k)
+    return train_masked(run, theta, masks, start)
 
 def pruned_by(s, nets, scores):
     """Flat masks by scores(prefix, network). A GAN's networks have a score and a budget each (D
@@ -2820,7 +2846,8 @@ def run_earlybird(run):
     """earlybird: train dense until the channel masks of five epochs agree, cut, train on."""
     s, nets, chains, state = run.s, run.nets, channel_chains(run.nets), {}
     epoch = max(1, s.data_images // (s.batch_size * (s.n_critic or 1)))
-    watch = watch_channels(nets, chains, s.channels_kept, s.scope, epoch, s.steps, state)
+    given = chains, s.channels_kept, s.scope, epoch, s.steps, state
+    watch = watch_channels(nets, *given)
     before = run.fit("before", nets, {}, 0, watch, state)
     masks, average, found = state["channels"][-1], None, bool(state.get("found"))
     if run.ema:
@@ -2846,39 +2873,37 @@ def finish(run, nets, masks, done, **more):
 def summarise(run, nets, masks, done):
     """The row of --table as a dict; None where something does not apply. Shares and MACs are
     relative to the dense networks and one dense training of them, balance ratios aside."""
-    s, first, last = run.s, run.first_row, done.rows[-1]
+    s, last = run.s, done.rows[-1]
     positions, sizes = run.layers(nets)
     dense_positions, dense_sizes = run.layers(run.nets)
-    counts = {**sizes, **counts_of(masks)}
-    summary = {key: getattr(s, key) for key in ("method", "model", "dataset", "seed")}
-    summary |= {"steps": done.step, "density_G": None, "density_D": None, "untrained": None}
+    counts = sizes | counts_of(masks)
+    row = {key: getattr(s, key) for key in ("method", "model", "dataset", "seed")}
+    row |= {"steps": done.step, "density_G": None, "density_D": None}
     for role in ("", *nets):
         names = [name for name in sizes if name.startswith(role)]
-        share = sum(counts[n] for n in names) / sum(dense_sizes[n] for n in names)
-        summary[f"density_{role}" if role else "density"] = share
-    summary |= {"metric": last.get("metric_name"), "value": done.metric}
-    if first["step"] == 0 and s.method != "transfer":
-        if first.get("metric_name") == summary["metric"]:
-            summary["untrained"] = first.get("metric")
-    summary |= {key: last.get(key) for key in ("floor", "kid", "error", "balance_ratio")}
-    if not math.isfinite(summary["balance_ratio"] or 0):
-        summary["balance_ratio"] = None  # JSON has no inf
+        total = sum(dense_sizes[name] for name in names)
+        share = sum(counts[name] for name in names) / total
+        row[f"density_{role}" if role else "density"] = share
+    row |= {"metric": last.get("metric_name"), "value": done.metric}
+    row |= {key: last.get(key) for key in ("floor", "kid", "error", "balance_ratio")}
+    if not math.isfinite(row["balance_ratio"] or 0):
+        row["balance_ratio"] = None  # JSON has no inf
     parameters = sum(p.numel() for p in nets.parameters())
     pruned = sum(sizes.values()) - sum(counts.values())
     macs = sum(positions[n] * counts[n] for n in sizes)
     dense_macs = sum(dense_positions[n] * dense_sizes[n] for n in dense_sizes)
-    summary |= {"parameters": parameters, "kept": parameters - pruned}
-    summary |= {"macs": macs, "macs_relative": macs / dense_macs}
+    row |= {"parameters": parameters, "kept": parameters - pruned}
+    row |= {"macs": macs, "macs_relative": macs / dense_macs}
     dense = run.training_macs(run.nets, [[0, {}, []]], done.step, ratios=False)
     exact, paper = (sum(part) for part in zip(*run.spent.values()))
-    summary["training_macs_relative"] = exact / dense[0]
-    summary["training_macs_relative_paper"] = paper / dense[1]
-    return summary | {"seconds": round(sum(run.seconds.values()), 1)}
+    row["training_macs_relative"] = exact / dense[0]
+    row["training_macs_relative_paper"] = paper / dense[1]
+    return row | {"seconds": round(sum(run.seconds.values()), 1)}
 
 COLUMNS = (
-    "method model dataset round steps density density_G density_D metric value dense ticket random "
-    "shuffled one-shot verdict untrained floor kid error balance_ratio kept macs_relative "
-    "training_macs_relative seconds seeds"
+    "method model dataset round steps density density_G density_D metric value dense ticket "
+    "random shuffled one-shot verdict floor kid error balance_ratio kept "
+    "macs_relative training_macs_relative seconds seeds"
 ).split()
 
 def table(groups):
@@ -2905,10 +2930,11 @@ def print_summaries(summaries):
     the seed are one row; their rounds then have no verdict, which is the reader's."""
     groups = {}
     for run in summaries:
-        key = str([run.get(name) for name in ("settings", "method", "steps", "metric")])
-        groups.setdefault(key, []).append(run)
-    print(table([[run | {"seeds": str(len(runs))} for run in runs] for runs in groups.values()]))
-    for runs in groups.values():
+        key = [run.get(name) for name in ("settings", "method", "steps", "metric")]
+        groups.setdefault(str(key), []).append(run)
+    groups = list(groups.values())
+    print(table([[run | {"seeds": str(len(runs))} for run in runs] for runs in groups]))
+    for runs in groups:
         rounds = list(zip(*(run.get("rounds", []) for run in runs)))
         if len(runs) > 1:
             rounds = [[row | {"verdict": None} for row in same] for same in rounds]
@@ -2935,10 +2961,12 @@ def run_table(folders, given):
     """--table DIR...: finished runs, in one row when nothing but seed and ticket differ."""
     if given:
         raise ValueError("--table stands alone, with the run folders behind it")
-    summaries = []
+    summaries, other = [], NOT_IDENTITY | {"seed", "environment"}
     for folder in map(Path, folders):
-        config, other = read_json(folder / "config.json"), NOT_IDENTITY | {"seed", "environment"}
-        same = {n: v for n, v in config.items() if n not in other and not n.startswith("ticket")}
+        config, same = read_json(folder / "config.json"), {}
+        for name, value in config.items():
+            if name not in other and not name.startswith("ticket"):
+                same[name] = value
         summaries.append({**read_json(folder / "summary.json"), "settings": same})
     print_summaries(summaries)
 
@@ -2952,7 +2980,8 @@ def run_method(given):
         print(f"{folder} is finished; --evaluate {folder} measures it again")
         return print_summaries([summary])
     if s.device == "cpu" and s.width == 1 and s.model in SAMPLED and s.dataset != "shapes":
-        small = "--width 0.25 --batch-size 32 --steps 1500" + " --n-critic 1" * (s.model in GANS)
+        small = "--width 0.25 --batch-size 32 --steps 1500"
+        small += " --n-critic 1" * (s.model in GANS)
         print(f"full width takes days on a CPU; these flags fit one: {small}", flush=True)
     run.nets = run.fresh()
     run.masks = start_masks(s, run.nets)
@@ -2965,14 +2994,16 @@ def run_method(given):
         check_folder(folder, s)  # again: another process may have been here meanwhile
         threads, config = torch.get_num_threads(), folder / "config.json"
         if not config.exists():
-            here = {"torch": torch.__version__, "threads": threads, "machine": platform.machine()}
+            here = {"torch": torch.__version__, "threads": threads}
+            here["machine"] = platform.machine()
             write_text(config, json.dumps({**vars(s), "environment": here}, indent=1))
         elif read_json(config).get("environment", {}).get("threads") != threads:
-            print(f"continuing with another number of threads, {threads}: last bits will differ")
-        shown = ", ".join(f"{name} {value}" for name, value in identity(s).items() if value)
-        print("\n".join(textwrap.wrap(shown, 100)), flush=True)
+            print(f"continuing with other threads, {threads}: last bits will differ")
+        shown = [f"{name} {value}" for name, value in identity(s).items() if value]
+        print("\n".join(textwrap.wrap(", ".join(shown), 100)), flush=True)
         methods = {"imp": run_imp, "earlybird": run_earlybird}
-        methods |= dict.fromkeys(FROM_TICKET, run_ticket) | dict.fromkeys(SCORED, run_one_shot)
+        methods |= dict.fromkeys(FROM_TICKET, run_ticket)
+        methods |= dict.fromkeys(SCORED, run_one_shot)
         summary = methods.get(s.method, run_sparse)(run)
     print(f"model, metrics and pictures are in {folder}")
     print_summaries([summary])
