@@ -1607,6 +1607,45 @@ def load_model(path, device="cpu"):
 #    also moves the number of D's weights, so that neither network runs away from the other.
 #    Wang et al. 2023, "Balanced Training for Sparse GANs", arXiv 2302.14670.
 
+def two_layer_ddst(steps=1500, every=20, low=0.45, high=0.55, seed=0):
+    """A whole DDST run: G's mask moves, D's density follows the balance ratio; two networks of two
+    layers, pictures of 8 x 8, in seconds.
+    Returns [(step, balance ratio, density of G, density of D), ...], a row per decision on D."""
+    x = shapes(3000, 8, 0)[0].flatten(1).float() / 127.5 - 1  # (N, 192)
+    G = nn.Sequential(nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 192), nn.Tanh())
+    D = nn.Sequential(nn.Linear(192, 64), nn.LeakyReLU(0.2), nn.Linear(64, 1))
+    nets = nn.ModuleDict({"G": G, "D": D})
+    for i, p in enumerate(nets.parameters()):
+        nn.init.uniform_(p, -0.1, 0.1, generator=rng(seed, i, "weights"))
+    masks = erk_masks(nets, {"G": 0.3, "D": 0.5}, seed)
+    apply_masks_(nets, masks)
+    split = {role: of_role(masks, role) for role in nets}  # the same tensors
+    limits = control_counts(split["D"], max_density=1.0)
+    adam, window, rows = {}, [], []
+    for role, net in nets.items():
+        adam[role] = torch.optim.Adam(net.parameters(), 2e-3, (0.0, 0.9))
+
+    def move(role, drop, grow):
+        own = {name: m for name, m in masks.items() if name.startswith(role)}
+        chance = rng(seed, step, f"grow {role}")
+        update_masks_(nets, role, adam[role], own, drop, grow, "gradient", chance)
+
+    for step in range(1, steps + 1):
+        real = x[batch_index(len(x), 64 * step, 64, seed)]
+        z_D, z_G = (latents(64, 16, seed, step, role) for role in ("D", "G"))
+        out = gan_step(G, D, adam, real[None], z_D[None], z_G, masks=split)
+        now = measure_balance(G, D, real, z_G, out["fake"])  # how much of D's lead G won back
+        window = [*window, now][-2 * every :]
+        if step % every == 0:  # G: the smallest weights go, as many grow
+            exchange = int(drop_share(step, steps) * kept(split["G"]))
+            move("G", exchange, exchange)
+        if step % (2 * every) == 0:  # D: denser when it is too weak, sparser when too strong
+            ratio, count = smoothed_ratio(window), kept(split["D"])
+            _, wanted = controller(ratio, count, low, high, **limits)
+            move("D", max(0, count - wanted), max(0, wanted - count))
+            rows.append((step, ratio, density(split["G"]), density(split["D"])))
+    return rows
+
 def drop_and_grow_(
     weights, masks, gradients, drop, grow, how="gradient", generator=None, output_dim=None
 ):
@@ -1760,12 +1799,23 @@ def control_counts(masks, max_density, change=0.05, floor=0.05):
     return dict(change=round(change * total), floor=floor, cap=cap, total=total)
 
 def gan_schedule(steps, update_every=None, strict=False):
-    """(G's update interval, D's interval and window, first step at which D may change).
-    The paper's 500 and 1,000 (strict: 2,000) of 100,000 steps, scaled with the run. A floor of 20:
-    between two updates new weights need time to grow past the magnitude that would drop them."""
+    """(steps between updates of G's mask, between decisions on D, window of the balance ratio,
+    first step at which D may change).
+    The paper's 500, 1,000 (strict: 2,000), 1,000 and 1,000 of 100,000 steps, scaled with the run. A
+    floor of 20: between two updates new weights need time to grow past the magnitude that would
+    drop them. Here: in a run under 20,000 steps D is left alone for 5 % of them, because at the
+    start it is far ahead and would be cut to its floor."""
     every = update_every or max(20, steps // 200)
-    every_G = 0 if update_every == 0 else every
-    return every_G, (4 if strict else 2) * every, math.ceil(0.05 * steps)
+    every_D = 4 * every if strict else 2 * every
+    first = every_D
+    if steps < 20_000:
+        first = max(every_D, math.ceil(0.05 * steps))
+    return 0 if update_every == 0 else every, every_D, 2 * every, first
+
+def ratio_interval(window):
+    """Steps between balance ratios such that a decision rests on at least 20 of them, or on one a
+    step; the paper's 10 steps at its length. By 4 measurements one decision in seven went wrong."""
+    return max(1, min(10, window // 20))
 
 def dynamic_gan(
     nets, optimizers, masks, state, *, steps, seed, ratio_every=10, window_steps=0, update_every=0,
@@ -2143,20 +2193,35 @@ def accuracy(net, images, labels, size=500):
         right += int((guess.cpu() == truth.cpu()).sum())
     return right / len(images)
 
-def distance_reference(images, held_out, network, features, count):
-    """What `measure` compares generated images with: (network, features of `count` held-out images,
-    name of the distance with its n, "FD-random-2k", only with the Inception weights "FID-50k",
-    floor), or None below 640 images: ten times the 64 features, with less it is mostly bias. The
-    floor is the distance of as many training images: a perfect generator's."""
-    n = min(len(held_out), count)
-    if n < 640:
-        print(f"no distance: {n} held-out images are too few, 640 are needed")
+class Reference(NamedTuple):
+    """What generated images are compared with, see distance_reference."""
+    network: nn.Module
+    features: torch.Tensor  # of the real images, (N, d) float64
+    count: int  # images to generate
+    columns: dict  # what is to be said with every distance
+
+def distance_reference(images, held_out, network, features, count, part="held-out"):
+    """The Reference for `count` generated images; None below 640 real ones, ten times the 64
+    features: with less a distance is mostly bias.
+    images, held_out  uint8 (N, c, S, S); features: the name of `network`
+    part              "train": all of `images`, as FIDs are published (Wang et al. 2023: 50,000
+                      against them); "held-out": the first `count` of those, which is stricter
+    The columns: name of the distance and number of generated images ("FD-random-2k", only with the
+    Inception weights "FID-50k"), the reference, and the floor: the distance of at most `count` real
+    images of the other part, which is a perfect generator's."""
+    real, other = held_out[:count], images[:count]
+    if part == "train":
+        real, other = images, held_out[:count]
+    if len(real) < 640:
+        print(f"no distance: {len(real)} {part} images are too few, 640 are needed")
         return None
-    real = extract(held_out[:n], network)
-    floor = frechet_distance(real, extract(images[:n], network))
+    x = extract(real, network)
     kind = "FID" if features == "inception" else f"FD-{features}"
-    number = f"{n // 1000}k" if n % 1000 == 0 else n
-    return network, real, f"{kind}-{number}", floor
+    number = f"{count // 1000}k" if count % 1000 == 0 else count
+    columns = {"metric_name": f"{kind}-{number}", "generated": count}
+    columns |= {"reference": f"{len(real)} {part}", "floor_images": len(other)}
+    columns["floor"] = frechet_distance(x, extract(other, network))
+    return Reference(network, x, count, columns)
 
 def measure(nets, held_out, truth, reference=None, seed=0):
     """{column: number} of networks for use: the metric that decides, and what stands beside it.
@@ -2169,11 +2234,10 @@ def measure(nets, held_out, truth, reference=None, seed=0):
         error = reconstruction_error(nets, held_out)
         numbers = {"metric_name": "held-out error", "metric": error, "error": error}
     if reference:
-        network, real, name, floor = reference
         generator = nets["G" if "G" in nets else "decoder"]
-        fake = extract(sample_images(generator, len(real), seed, "evaluate"), network)
-        distance = frechet_distance(real, fake)
-        numbers |= {"metric_name": name, "metric": distance, "floor": floor}
+        images = sample_images(generator, reference.count, seed, "evaluate")
+        real, fake = reference.features, extract(images, reference.network)
+        numbers |= reference.columns | {"metric": frechet_distance(real, fake)}
         numbers["kid"] = kernel_distance(real, fake, rng(seed, 0, "kid"))
     return numbers
 
@@ -2287,8 +2351,9 @@ def draw_curve(path, rows, title):
 SPARSE, SCORED = ("static", "sdst", "ddst"), ("magnitude", "snip", "grasp")
 MOVING, FROM_TICKET = ("sdst", "ddst"), ("ticket", "transfer", "elastic")
 METHODS = ("dense", *SPARSE, "imp", *FROM_TICKET, *SCORED, "earlybird")
-EVALUATION = ("eval_images", "features", "inception_weights")  # may change as a run continues
-NOT_IDENTITY = {*EVALUATION, "device", "out", "data", "workers", "checkpoint_s"}
+EVALUATION = ("features", "inception_weights", "eval_images", "reference")
+# These may change as a run continues: no weight depends on them.
+NOT_IDENTITY = {*EVALUATION, "eval_every", "device", "out", "data", "workers", "checkpoint_s"}
 
 class Row(NamedTuple):
     """All there is to say about a setting, which is a flag too."""
@@ -2327,7 +2392,7 @@ SETTINGS = {
     "update_every": Row(None, int, "steps between mask updates", "[0, inf)", MOVING),
     "grow": Row("gradient", str, "new weights by", ("gradient", "random"), MOVING),
     "band": Row([0.45, 0.55], float, "ratios to keep D in", "(-inf, inf)", ("ddst",), 2),
-    "ratio_every": Row(10, int, "steps between balance ratios", "[1, inf)", GANS),
+    "ratio_every": Row(None, int, "steps between balance ratios", "[1, inf)", GANS),
     "prune_rate": Row(0.2, float, "share pruned per round", "[0.01, 1)", ("imp",)),
     "score_batches": Row(4, int, "batches to score by", "[1, inf)", ("snip", "grasp")),
     "scope": Row("global", str, "", ("global", "network", "layer"), ("imp", "earlybird")),
@@ -2337,8 +2402,9 @@ SETTINGS = {
     "ticket": Row(None, str, "ticket file, or folder of an imp run", (), FROM_TICKET),
     "order": Row("append", str, "of copies", ("append", "interpolate"), ("elastic",)),
     "eval_every": Row(None, int, "steps between evaluations", "[1, inf)"),
-    "eval_images": Row(None, int, "most images on a side", "[1, inf)", SAMPLED),
     "features": Row("random", str, "of the distance", ("random", "inception"), SAMPLED),
+    "eval_images": Row(None, int, "generated (2,000; FID 50,000)", "[2, inf)", SAMPLED),
+    "reference": Row(None, str, "compared with (FID: train)", ("train", "held-out"), SAMPLED),
     "inception_weights": Row(None, str, "file of the FID network", (), SAMPLED),
     "evaluate": Row(None, str, "folder of a finished run: measure it again"),
     "table": Row(None, str, "folders of finished runs: side by side", nargs="+"),
@@ -2439,13 +2505,18 @@ def derive(s, given):
     gan, ddst = s.model in GANS, s.method == "ddst"
     s.prune = s.prune or s.roles
     if not s.eval_every:
-        s.eval_every = s.steps if s.method == "imp" else max(1, s.steps // 10)
+        s.eval_every = max(1, s.steps // 10)
+        if s.method == "imp" or s.features == "inception":
+            s.eval_every = s.steps  # at the end only
     if s.method == "imp":
         s.density = given.get("density")
         s.rounds = len(round_densities(s.prune_rate, s.rounds, s.density))
     # A cap below 1 (strict): D changes half as often, and explores at its cap.
     schedule = gan_schedule(s.steps, s.update_every, s.max_density_D < 1)
-    every_G, s.window, s.first_D = schedule
+    every_G, s.every_D, s.window, s.first_D = schedule
+    most = ratio_interval(s.window) if ddst else math.inf
+    s.ratio_every = s.ratio_every or min(10, most)
+    s.ratios_per_decision = s.window // s.ratio_every if ddst else None
     if s.method not in MOVING:
         s.update_every = 0
     elif gan:
@@ -2466,7 +2537,7 @@ def derive(s, given):
         f"--rewind-step {s.rewind_step} is not before --steps": s.rewind_step >= s.steps,
         f"{s.model} has {s.roles}; --prune or ticket {s.prune}": not {*s.prune} <= {*s.roles},
         f"--density-D {s.density_D} is above --max-density-D": s.density_D > s.max_density_D,
-        f"--ratio-every is above D's interval, {s.window}": ddst and s.ratio_every > s.window,
+        f"--ratio-every is at most {most}, or D's decisions are chance": s.ratio_every > most,
         f"--band takes LOW <= HIGH; got {s.band}": s.band[0] > s.band[1],
     }
     for message, refused in refusals.items():
@@ -2517,7 +2588,10 @@ def pick_device(name=None):
 
 def identity(s):
     """The settings that make a run what it is; plain values."""
-    return {name: value for name, value in vars(s).items() if name not in NOT_IDENTITY}
+    other = NOT_IDENTITY
+    if s.method != "ddst":  # elsewhere nothing is decided by the balance ratio
+        other = other | {"ratio_every"}
+    return {name: value for name, value in vars(s).items() if name not in other}
 
 def check_folder(folder, s):
     """ValueError unless `folder` is new, empty or this very run's; writes nothing."""
@@ -2565,9 +2639,12 @@ class Run:
                 self.images = self.images.to(s.device)
         self.reference = None  # what generated images are compared with
         if s.model in SAMPLED:
-            usual = 50_000 if s.features == "inception" and held_out >= 50_000 else 2000
+            count, part = 2000, "held-out"
+            if s.features == "inception":  # as FID is published
+                count, part = 50_000, "train"
+            chosen = s.eval_images or count, s.reference or part
             sets = self.images, self.held_out, network, s.features
-            self.reference = distance_reference(*sets, s.eval_images or usual)
+            self.reference = distance_reference(*sets, *chosen)
 
     def fresh(self, draw=0):
         """Networks at their initial weights, on the run's device; draw see `build`."""
@@ -2622,7 +2699,8 @@ class Run:
             return dynamic_layers(nets, optimizers, masks, state, **how)
         how |= dict(ratio_every=s.ratio_every, window_steps=s.window, amp=s.amp)
         if s.method == "ddst":
-            control = dict(every=s.window, first=s.first_D, low=s.band[0], high=s.band[1])
+            control = dict(every=s.every_D, first=s.first_D)
+            control |= dict(low=s.band[0], high=s.band[1])
             counts = control_counts(of_role(masks, "D"), s.max_density_D)
             how["control"] = control | counts
         return dynamic_gan(nets, optimizers, masks, state, **how)
@@ -2885,7 +2963,8 @@ def summarise(run, nets, masks, done):
         share = sum(counts[name] for name in names) / total
         row[f"density_{role}" if role else "density"] = share
     row |= {"metric": last.get("metric_name"), "value": done.metric}
-    row |= {key: last.get(key) for key in ("floor", "kid", "error", "balance_ratio")}
+    also = "generated", "reference", "floor", "floor_images", "kid", "error", "balance_ratio"
+    row |= {key: last.get(key) for key in also}
     if not math.isfinite(row["balance_ratio"] or 0):
         row["balance_ratio"] = None  # JSON has no inf
     parameters = sum(p.numel() for p in nets.parameters())
@@ -2902,7 +2981,7 @@ def summarise(run, nets, masks, done):
 
 COLUMNS = (
     "method model dataset round steps density density_G density_D metric value dense ticket "
-    "random shuffled one-shot verdict floor kid error balance_ratio kept "
+    "random shuffled one-shot verdict reference floor kid error balance_ratio kept "
     "macs_relative training_macs_relative seconds seeds"
 ).split()
 

@@ -210,7 +210,9 @@ def bench_ratio(pairs=60):
     out, how = update(draw(0)), dict(steps=10**6, seed=0, ratio_every=1, window_steps=10)
     look = L.dynamic_gan(nets, optimizers, {}, {}, **how)
     step, ratio = in_turn(pairs, lambda: update(draw(0)), lambda: look(1, out))
-    print(f"a balance ratio every 10 steps over a step: {ratio / step / 10:.4f} ({step:.3f} s)")
+    for every in (10, 2):  # the paper's cadence, and make demo's
+        share = ratio / step / every
+        print(f"a balance ratio every {every} steps over a step: {share:.4f} ({step:.3f} s)")
 
 
 def bench_scores(batch_size):
@@ -2020,9 +2022,11 @@ def test_intervals_of_rigl_and_of_gans_scale_with_the_run():
 
     assert [every(steps=n) for n in (62_560, 40_000, 3000, 10)] == [100, 66, 20, 20]
     assert [every(steps=3000, update_every=n) for n in (7, 0)] == [7, 0]
-    assert L.gan_schedule(100_000) == (500, 1000, 5000)
-    assert L.gan_schedule(100_000, None, True) == (500, 2000, 5000)
-    assert L.gan_schedule(1500) == (20, 40, 75) and L.gan_schedule(1500, 0) == (0, 40, 75)
+    assert L.gan_schedule(100_000) == (500, 1000, 1000, 1000)
+    assert L.gan_schedule(100_000, None, True) == (500, 2000, 1000, 2000)
+    assert L.gan_schedule(19_999)[3] == 1000 and L.gan_schedule(20_000)[3] == 200
+    assert L.gan_schedule(1500) == (20, 40, 40, 75) and L.gan_schedule(1500, 0) == (0, 40, 40, 75)
+    assert [L.ratio_interval(window) for window in (1000, 100, 40, 39, 6)] == [10, 5, 2, 1, 1]
 
 
 def test_the_share_exchanged_falls_by_a_cosine_from_a_half_to_a_two_hundredth():
@@ -2131,6 +2135,48 @@ def test_the_whole_controller_against_scripted_ratios(variant, monkeypatch):
     assert len(state["history"]) > 10 and (moves_G == 0 if variant == "static G" else moves_G > 20)
     assert state["window"] == list(range(steps - 6, steps + 1, 2))
     assert state["log"]["density_D"] == expected / total
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_decision_rests_on_the_twenty_ratios_of_its_window_in_both_variants(strict, monkeypatch):
+    at, seen = [0], []
+    cap = {"max_density_D": 0.5} if strict else {}
+    s, nets = settings(method="ddst", steps=2000, **cap), tiny()
+
+    def decide(ratio, count, **limits):
+        seen.append((at[0], ratio))
+        return "hold", count
+
+    monkeypatch.setattr(L, "measure_balance", lambda *args: (at[0], 1.0, 1.0))
+    monkeypatch.setattr(L, "update_masks_", lambda *args: False)
+    monkeypatch.setattr(L, "controller", decide)
+    state, masks = {}, both_masks(nets)
+    after = L.Run(s).dynamics(nets, dict.fromkeys("GD"), masks, state, 0)
+    for step in range(1, 401):
+        at[0] = step
+        after(step, dict.fromkeys(("real", "z", "fake")))
+        assert len(state["window"]) == min(20, step // 2) and s.ratios_per_decision == 20
+    steps = [160, 240, 320, 400] if strict else range(120, 401, 40)  # none in the first 5 %
+    assert seen == [(t, t - 19) for t in steps]  # the mean of t - 38, t - 36, ..., t
+
+
+def test_a_whole_run_of_two_layers_moves_the_density_of_d_both_ways_and_counts_are_exact():
+    rows = L.two_layer_ddst(steps=600)
+    total_G, total_D = 16 * 128 + 128 * 192, 192 * 64 + 64
+    step, floor = round(0.05 * total_D), round(0.05 * total_D)
+    assert [row[0] for row in rows] == list(range(40, 601, 40))
+    before, ways = round(0.5 * total_D), set()
+    for _, ratio, density_G, density_D in rows:
+        assert density_G == round(0.3 * total_G) / total_G
+        wanted = before
+        if ratio >= 0.55:
+            wanted = min(total_D, before + step)
+        elif ratio <= 0.45:
+            wanted = max(floor, before - step)
+        assert density_D == wanted / total_D
+        ways.add(wanted > before)
+        before = wanted
+    assert ways == {True, False} and rows[-1][3] > 0.3 > min(row[3] for row in rows) - 0.01
 
 
 def test_fifty_updates_of_both_masks_keep_counts_and_zeros_in_the_average_too():
@@ -2469,8 +2515,54 @@ def test_a_distance_is_named_after_its_features_and_its_count():
     images, network = L.shapes(1000)[0], L.RandomFeatures()
     for features, n, name in (("random", 640, "FD-random-640"), ("inception", 1000, "FID-1k")):
         found = L.distance_reference(images, images, network, features, n)
-        assert found[2] == name and len(found[1]) == n and abs(found[3]) < 1e-6
+        assert found.columns["metric_name"] == name and found.count == len(found.features) == n
+        assert found.columns["reference"] == f"{n} held-out" and abs(found.columns["floor"]) < 1e-6
     assert L.distance_reference(images, images[:639], network, "random", 2000) is None
+    found = L.distance_reference(images, images[:100], network, "random", 5000, "train")
+    assert (found.count, len(found.features)) == (5000, 1000) and found.columns["floor"] > 0
+    said = {"metric_name": "FD-random-5k", "reference": "1000 train", "floor_images": 100}
+    assert said.items() <= found.columns.items()
+
+
+class Stub(nn.Module):
+    """Four features in the place of Inception's 2048."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, images):
+        x = images.float()
+        return torch.stack([x.mean((1, 2, 3)), *x[:, :, ::2].mean((2, 3)).T], 1)
+
+
+def test_fid_is_of_fifty_thousand_images_against_the_whole_training_set_and_at_the_end_only(
+    empty, monkeypatch
+):
+    pixels = torch.randint(0, 256, (50_000, 3, 32, 32), dtype=torch.uint8, generator=L.rng(0, 0, "p"))
+
+    def cifar(name, root, size, train, labelled=False):
+        images = pixels if train else pixels[:10_000].flip(-1)
+        return images, torch.zeros(len(images)).long()
+
+    monkeypatch.setattr(L, "load_torchvision_set", cifar)
+    monkeypatch.setattr(L, "feature_network", lambda *args: Stub())
+    flags = "--method dense --dataset cifar10 --width .03 --batch-size 4 --n-critic 1 --steps 20"
+    found = run(flags, "--features inception --ratio-every 20 --out fid")
+    assert found["metric"] == "FID-50k" and found["reference"] == "50000 train"
+    assert (found["generated"], found["floor_images"]) == (50_000, 10_000)
+    x, real = pixels[:10_000].flip(-1), L.extract(pixels, Stub())
+    assert found["floor"] == L.frechet_distance(real, L.extract(x, Stub()))
+    G = L.load_model("fid/model.pt")[0]["G"]
+    fake = L.extract(L.sample_images(G, 50_000, 0, "evaluate"), Stub())
+    assert found["value"] == pytest.approx(L.frechet_distance(real, fake), rel=1e-9)
+    rows = [row["metric"] for row in rows_of("fid/metrics-dense.csv")]
+    assert [bool(metric) for metric in rows] == [False] * 19 + [True]
+    L.main("--evaluate fid --features inception --eval-images 700 --reference held-out".split())
+    (empty / "fid/summary.json").unlink()
+    held_out = run(flags, "--features inception --eval-images 700 --reference held-out --out h")
+    assert (held_out["metric"], held_out["reference"]) == ("FID-700", "700 held-out")
+    assert held_out["floor_images"] == 700
 
 
 def test_inception_differs_from_torchvision_in_the_pooling_branches_only():
@@ -2688,7 +2780,7 @@ def test_every_flag_is_refused_out_of_its_range_and_where_nothing_reads_it(empty
         ("--method magnitude --model vae --density 1e-4 --width .05", ["layers alive"]),
         ("--density 1e-9 --width .03", ["layers alive"]),
         ("--density-D 0.6 --max-density-D 0.5", ["0.6", "above"]),
-        ("--ratio-every 41 --steps 2000", ["--ratio-every", "40"]),
+        ("--ratio-every 3 --steps 2000", ["--ratio-every", "at most 2"]),
         ("--band .6 .5", ["LOW <= HIGH"]),
         ("--dataset imagenot", ["imagenot", "celeba"]),
         ("--dataset celeba", ["img_align_celeba.zip"]),
@@ -2731,9 +2823,14 @@ def test_a_setting_comes_from_flag_ticket_method_preset_model_data_set_and_row_i
 
 def test_intervals_and_starts_scale_with_the_run():
     s = settings(method="ddst", steps=100_000)
-    assert (s.update_every, s.window, s.first_D) == (500, 1000, 5000)
+    assert (s.update_every, s.every_D, s.window, s.first_D) == (500, 1000, 1000, 1000)
+    assert (s.ratio_every, s.ratios_per_decision) == (10, 100)
     strict = settings(method="ddst", steps=100_000, max_density_D=0.5)
-    assert strict.window == 2000 and (s.density, s.density_D) == (0.3, 0.5)
+    assert (strict.every_D, strict.window) == (2000, 1000)
+    assert (s.density, s.density_D) == (0.3, 0.5)
+    demo = settings(method="ddst", steps=2000)
+    assert (demo.ratio_every, demo.ratios_per_decision) == (2, 20)
+    assert settings(method="sdst", steps=2000).ratio_every == 10
     assert settings(method="ddst", density=0.1).density_D == 0.1
     assert [
         settings(method="sdst", model="vae", steps=n).update_every for n in (600, 24_000, 10**6)
