@@ -994,12 +994,12 @@ def train(
     step, rows, recent, earlier, finished = saved or (start, [], [], 0.0, False)
     first, seconds, end = step, earlier, finished or step == steps
 
-    def add_row(measure):
+    def add_row(evaluated):
         row = {"step": step, "seconds": seconds}
         for name in recent[0] if recent else ():
             total = sum(losses[name].item() for losses in recent)
             row[f"loss_{name}"] = total / len(recent)
-        if measure and evaluate:
+        if evaluated and evaluate:
             row |= evaluate(step)
         rows.append(row | state.get("log", {}))
         recent.clear()
@@ -1018,9 +1018,9 @@ def train(
         ema_update_(ema, nets, min(ema_longest, step / (step + 9)), masks)
         now = time.perf_counter()
         seconds = earlier + now - began
-        measure = end or (eval_every and step % eval_every == 0)
-        if measure or (step - start) % log_every == 0:
-            add_row(measure)
+        due = end or (eval_every and step % eval_every == 0)
+        if due or (step - start) % log_every == 0:
+            add_row(due)
         if end or now - shown > 10:
             shown, step_s = now, (now - began) / (step - first)
             log = out["losses"] | state.get("log", {})
@@ -1078,7 +1078,7 @@ class Checkpoint:
         self.written, self.good = time.perf_counter(), "none"
 
     def restore_(self, nets, ema, masks, optimizers, state):
-        """Copy the checkpoint into these: (step, rows, recent, seconds, finished), or None."""
+        """Copy the checkpoint into these; its (step, rows, recent, seconds, finished), or None."""
         self.parts = nets, ema, masks, optimizers, state
         path = self.done if self.done.exists() else self.last
         if not path.exists():
