@@ -801,86 +801,83 @@ def of_role(tensors, role):
 
 # ==================================================================================================
 # 4. OBJECTIVES: one training step each. A step gets tensors, does its own optimizer steps and masks
-#    the weights after each of them; it reads no generator and no number that changes from step to
-#    step. It leaves the gradients where they are, dense, for whoever grows weights.
-#    amp: forward passes in bfloat16 (spectral norm's iteration too). All else stays in float32: a
-#    loss has small differences of large numbers, and bfloat16 has three digits.
+#    the weights after each; it reads no generator and no number that changes from step to step.
+#    Gradients stay where they are, dense, for whoever grows weights. amp: forward passes in
+#    bfloat16, the rest not: a loss has small differences of large numbers, bfloat16 three digits.
 
 def discriminator_loss(objective, real, fake):
     """What D minimises, from raw logits of real and generated images, (B, 1) each -> scalar."""
     if objective == "hinge":  # Miyato et al. 2018
         return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-    if objective == "non-saturating":  # Goodfellow et al. 2014; softplus(-x) = -log sigmoid(x)
+    if objective == "non-saturating":  # Goodfellow et al. 2014
         return F.softplus(-real).mean() + F.softplus(fake).mean()
-    if objective == "wasserstein":  # Arjovsky et al. 2017, with clipped weights
+    if objective == "wasserstein":  # Arjovsky et al. 2017
         return fake.mean() - real.mean()
     raise ValueError(f"objective is hinge, non-saturating, wasserstein; got {objective!r}")
 
 def generator_loss(objective, fake):
-    """What G minimises, from D's raw logits of its images, (B, 1) -> scalar."""
-    return F.softplus(-fake).mean() if objective == "non-saturating" else -fake.mean()
+    """What G minimises, from D's logits of its images, (B, 1). softplus(-x) = -log sigmoid(x)."""
+    if objective == "non-saturating":
+        return F.softplus(-fake).mean()
+    return -fake.mean()
 
 def gan_step(G, D, optimizers, real, z_D, z_G, objective="hinge", clip=0.0, masks=None, amp=False):
     """One iteration: n_critic steps of D, then one of G.
-    optimizers  {"G": ..., "D": ...}
-    real, z_D   for each step of D images (n_critic, B, c, S, S) and latents (n_critic, B, z)
-    z_G         latents (B_G, z) for the step of G
+    real, z_D   images (n_critic, B, c, S, S), latents (n_critic, B, z); z_G (B_G, z)
     clip        > 0: D's parameters are clipped to [-clip, clip] (WGAN), then masked
-    masks       {"G": {...}, "D": {...}} of masks by parameter name inside the network, or None
+    optimizers  {"G": ..., "D": ...}; masks likewise, each by names inside the network, or None
     Returns losses {"D", "G"} and what a measurement needs: the last real batch `real`, G's latents
-    `z` and its images `fake` of them, made before its step. Gradients stay. G's backward stops at G
-    (`inputs=`); otherwise its loss would leak into the gradients by which D grows."""
+    `z` and its images `fake` of them, made before its step. G's backward stops at G (`inputs=`);
+    otherwise its loss would leak into the gradients by which D grows."""
     masks = masks or {"G": {}, "D": {}}
-    autocast = functools.partial(torch.autocast, real.device.type, torch.bfloat16, enabled=amp)
-    for x, z in zip(real, z_D):                     # (B, c, S, S), (B, z)
-        optimizers["D"].zero_grad()
-        with autocast():
+    autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=amp)
+    for x, z in zip(real, z_D):  # (B, c, S, S), (B, z)
+        D.zero_grad()
+        with autocast:
             with torch.no_grad():
                 fake = G(z)
-            d_real, d_fake = D(x), D(fake)          # apart: a batch norm sees one kind
-        loss_D = discriminator_loss(objective, d_real.to(x.dtype), d_fake.to(x.dtype))
+            d_real = D(x).to(x.dtype)  # apart: a batch norm sees one kind
+            d_fake = D(fake).to(x.dtype)
+        loss_D = discriminator_loss(objective, d_real, d_fake)
         loss_D.backward()
         optimizers["D"].step()
         if clip:
-            with torch.no_grad():
-                torch._foreach_clamp_min_(list(D.parameters()), -clip)
-                torch._foreach_clamp_max_(list(D.parameters()), clip)
+            for p in D.parameters():
+                p.data.clamp_(-clip, clip)
         apply_masks_(D, masks["D"])
-    optimizers["G"].zero_grad()
-    with autocast():
-        fake = G(z_G)                               # (B_G, c, S, S)
-        d_fake = D(fake)                            # (B_G, 1)
-    loss_G = generator_loss(objective, d_fake.to(z_G.dtype))
-    loss_G.backward(inputs=[p for p in G.parameters() if p.requires_grad])
+    G.zero_grad()
+    with autocast:
+        fake = G(z_G)  # (B_G, c, S, S)
+        d_fake = D(fake).to(z_G.dtype)  # (B_G, 1)
+    loss_G = generator_loss(objective, d_fake)
+    loss_G.backward(inputs=list(G.parameters()))
     optimizers["G"].step()
     apply_masks_(G, masks["G"])
     losses = {"D": loss_D.detach(), "G": loss_G.detach()}
-    return {"losses": losses, "real": real[-1], "z": z_G, "fake": fake.detach().to(z_G.dtype)}
+    fake = fake.detach().to(z_G.dtype)
+    return {"losses": losses, "real": real[-1], "z": z_G, "fake": fake}
 
 def autoencoder_losses(nets, x, noise=None, beta=1.0, amp=False):
-    """{"error"} or, given noise, {"error", "KL"} (beta times KL): scalars whose sum is minimised.
-    nets {"encoder", "decoder"}; x (B, c, S, S); noise (B, z), standard normal.
-    AE: squared error, mean over everything. VAE (Kingma & Welling 2014): squared error summed over
-    the pixels, and beta KL(q(z|x) || N(0, 1)) summed over z, each the mean over the batch. Sum, not
-    mean: beside a mean over all pixels the KL term wins, and the code collapses to the prior."""
+    """{"error"} or, given noise, {"error", "KL"}: scalars whose sum is minimised.
+    nets {"encoder", "decoder"}; x (B, c, S, S); noise (B, z), standard normal
+    AE: mean squared error. VAE (Kingma & Welling 2014): squared error summed over pixels, and beta
+    KL(q(z|x) || N(0, 1)), means over the batch. Beside a mean over pixels the KL term would win."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-        code = nets["encoder"](x).to(x.dtype)       # (B, z), or (B, 2z)
+        code = nets["encoder"](x).to(x.dtype)  # (B, z), or (B, 2z)
         if noise is not None:
-            mean, log_variance = code.chunk(2, 1)   # (B, z) each
-            code = mean + noise * (log_variance / 2).exp()
+            mean, log_var = code.chunk(2, 1)  # (B, z) each
+            code = mean + noise * (log_var / 2).exp()
         image = nets["decoder"](code).to(x.dtype)
     if noise is None:
         return {"error": F.mse_loss(image, x)}
     error = (image - x).square().flatten(1).sum(1).mean()
-    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(1).mean()
+    kl = 0.5 * (mean**2 + log_var.exp() - 1 - log_var).sum(1).mean()
     return {"error": error, "KL": beta * kl}
 
 def autoencoder_step(nets, optimizers, x, noise=None, beta=1.0, masks=None, amp=False):
-    """One step of an autoencoder or, given noise, of a variational one.
-    nets   {"encoder", "decoder"} and an optimizer each; x, noise, beta see autoencoder_losses
-    masks  flat, "decoder.stem.weight", or None"""
-    for optimizer in optimizers.values():
-        optimizer.zero_grad()
+    """One step of an autoencoder or, given noise, of a variational one; see autoencoder_losses.
+    nets an nn.ModuleDict, an optimizer for each; masks flat, "decoder.stem.weight", or None"""
+    nets.zero_grad()
     losses = autoencoder_losses(nets, x, noise, beta, amp)
     sum(losses.values()).backward()
     for optimizer in optimizers.values():
@@ -890,10 +887,10 @@ def autoencoder_step(nets, optimizers, x, noise=None, beta=1.0, masks=None, amp=
 
 def classifier_step(net, optimizer, x, labels, masks=None, amp=False):
     """One step of a classifier: x (B, c, S, S), labels (B,) int64; masks by names in the net."""
-    optimizer.zero_grad()
+    net.zero_grad()
     with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-        logits = net(x)
-    loss = F.cross_entropy(logits.to(x.dtype), labels)
+        logits = net(x).to(x.dtype)
+    loss = F.cross_entropy(logits, labels)
     loss.backward()
     optimizer.step()
     apply_masks_(net, masks)
@@ -902,44 +899,42 @@ def classifier_step(net, optimizer, x, labels, masks=None, amp=False):
 def lr_factor(step, steps, drops=(1 / 2, 3 / 4), warmup=0.0):
     """Factor of a classifier's learning rate: x .1 at each of `drops`, linear from 0 over `warmup`,
     shares of the steps. Chen et al. 2021's code for CIFAR; their paper has another second drop."""
-    rise = round(warmup * steps)
+    rise = max(1, round(warmup * steps))
     passed = sum(step > drop * steps - 1e-6 for drop in drops)
-    return min(1.0, (step + 1) / rise if rise else 1.0) * 0.1**passed
+    return min(1.0, (step + 1) / rise) * 0.1**passed
 
 @contextlib.contextmanager
 def untouched(*models):
-    """Measuring leaves no trace: buffers (batch norm statistics, spectral norm vectors), gradients,
-    requires_grad and train/eval mode of `models` are afterwards what they were, bit for bit.
-    Parameters are not copied: what runs inside must not write them."""
-    modules = [(m, m.training) for model in models for m in model.modules()]
-    buffers = [(b, b.clone()) for model in models for b in model.buffers()]
-    parameters = [(p, p.grad, p.requires_grad) for m in models for p in m.parameters()]
-    for parameter, _, _ in parameters:
-        parameter.grad = None  # a backward inside makes new ones instead of adding to these
+    """Measuring leaves no trace: buffers, gradients and train/eval mode of `models` are afterwards
+    what they were, bit for bit. Parameters are not copied: what runs inside must not write them."""
+    models = nn.ModuleList(models)
+    modes = [(m, m.training) for m in models.modules()]
+    buffers = [(b, b.clone()) for b in models.buffers()]
+    gradients = [(p, p.grad) for p in models.parameters()]
+    for p in models.parameters():
+        p.grad = None  # a backward inside must not add to these
     try:
         yield
     finally:
-        for module, mode in modules:
-            module.training = mode
-        for buffer, value in buffers:
-            buffer.copy_(value)
-        for parameter, grad, flag in parameters:
-            parameter.grad = grad
-            parameter.requires_grad_(flag)
+        for m, mode in modes:
+            m.training = mode
+        for b, value in buffers:
+            b.copy_(value)
+        for p, grad in gradients:
+            p.grad = grad
 
 # ==================================================================================================
 # 5. TRAINING: one loop for every model and method. What it is made of:
 #      draw(step)             everything that is random or read from data, as tensors; a function
 #                             of (seed, step), so a killed run goes on to the same last bit
 #      update(draws)          -> {"losses": {name: scalar}, ...}, see section 4
-#      after_step(step, out)  what a method adds: measures, then moves masks; True ends the
-#                             training. What it remembers is in `state`, saved with the checkpoint;
-#                             state["log"] stands in the metrics and on the progress line
+#      after_step(step, out)  what a method adds: measures, moves masks; True ends the training.
+#                             Its memory, `state`, is in the checkpoint; state["log"] is shown
 #    evaluate(step) -> {column: number}; Checkpoint alone knows files.
 
 class Trained(NamedTuple):
     """What a training leaves beside the networks, which hold the weights."""
-    step: int  # steps done; fewer than asked for only if after_step ended it
+    step: int  # steps done
     rows: list  # of its metrics file, dicts
     seconds: float  # inside the loop, over all starts of it
 
@@ -948,35 +943,29 @@ class Trained(NamedTuple):
         return self.rows[-1].get("metric")
 
 def make_optimizer(kind, net, lr, betas=(0.9, 0.999)):
-    """Adam, RMSprop (betas[1] is its smoothing constant) or SGD (betas[0] is its momentum; weight
-    decay 1e-4) over all parameters of `net`."""
-    if kind == "adam":  # fused: one call for all tensors, on CPU and CUDA
-        return torch.optim.Adam(net.parameters(), lr, betas, fused=True)
+    """Adam, RMSprop (betas[1]: smoothing) or SGD (betas[0]: momentum; weight decay 1e-4)."""
+    weights = net.parameters()
+    if kind == "adam":
+        return torch.optim.Adam(weights, lr, betas, fused=True)
     if kind == "sgd":
-        return torch.optim.SGD(net.parameters(), lr, betas[0], weight_decay=1e-4)
-    return torch.optim.RMSprop(net.parameters(), lr, alpha=betas[1])
+        return torch.optim.SGD(weights, lr, betas[0], weight_decay=1e-4)
+    return torch.optim.RMSprop(weights, lr, alpha=betas[1])
 
 @torch.no_grad()
 def ema_update_(ema, live, decay, masks):
     """ema <- decay ema + (1 - decay) live for every parameter of `ema`, then masked; buffers stay.
     ema, live  nn.ModuleDicts of roles; `ema` may hold fewer. masks: flat, "G.stem.weight"
-    The masks matter on the step in which they change: a weight just pruned is 0 in `live`, but its
-    average is not. A weight just grown enters the average from 0 (Wang et al. 2023's code)."""
-    average = dict(ema.named_parameters())
-    if average:
-        now = [live.get_parameter(name) for name in average]
-        torch._foreach_lerp_(list(average.values()), now, 1 - decay)
-    for name in average.keys() & masks.keys():
-        average[name].mul_(masks[name])
+    Unmasked, a weight just pruned would live on in the average. One just grown starts from 0."""
+    for name, average in ema.named_parameters():
+        average.lerp_(live.get_parameter(name), 1 - decay)
+        if name in masks:
+            average.mul_(masks[name])
 
-def check_finite(losses, step, nets):
-    """FloatingPointError, naming network and step, when a loss or a weight is not finite."""
-    for name, value in losses.items():
-        if not math.isfinite(value):
-            raise FloatingPointError(f"loss of {name} is {float(value)} at step {step}")
-    for name, parameter in nets.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise FloatingPointError(f"{name} is not finite at step {step}")
+def check_finite(tensors, step, what=""):
+    """FloatingPointError when one of the (name, tensor) pairs is not finite."""
+    for name, tensor in tensors:
+        if not torch.isfinite(tensor).all():
+            raise FloatingPointError(f"{what}{name} is not finite at step {step}")
 
 def progress_line(step, steps, log, step_s):
     """step 1,200/50,000  D 1.310  G 0.940  balance_ratio 0.420  0.071 s a step, 58 min left"""
@@ -995,50 +984,49 @@ def train(
     eval_every  steps between evaluations; there is one at `start` and one at the end, too
     checkpoint  a Checkpoint: a finished training returns at once, one that was cut off goes on
     A loss that is not finite ends it with FloatingPointError (on CUDA every tenth is looked at)."""
-    masks, ema, state = masks or {}, ema or nn.ModuleDict(), {} if state is None else state
+    masks, ema = masks or {}, ema or nn.ModuleDict()
+    state = {} if state is None else state
     look_every = 1 if next(nets.parameters()).is_cpu else 10
     log_every = max(1, (steps - start) // 200)
-    apply_masks_(nets, masks)  # the first forward sees the sparse network, not the dense one
-    ema_update_(ema, nets, 1.0, masks)  # decay 1: the average is masked, no more
+    apply_masks_(nets, masks)  # before the first forward
+    ema_update_(ema, nets, 1.0, masks)  # decay 1: only masked
     saved = checkpoint and checkpoint.restore_(nets, ema, masks, optimizers, state)
     step, rows, recent, earlier, finished = saved or (start, [], [], 0.0, False)
-    if finished:
-        return Trained(step, rows, earlier)
+    first, seconds, end = step, earlier, finished or step == steps
 
-    def add_row(numbers, seconds):
+    def add_row(evaluated):
         row = {"step": step, "seconds": seconds}
         for name in recent[0] if recent else ():
             total = sum(losses[name].item() for losses in recent)
             row[f"loss_{name}"] = total / len(recent)
-        rows.append(row | numbers | state.get("log", {}))
+        if evaluated and evaluate:
+            row |= evaluate(step)
+        rows.append(row | state.get("log", {}))
         recent.clear()
 
     if step == start and evaluate:
-        add_row(evaluate(step), 0.0)
-    first, end, began = step, step == steps, time.perf_counter()
-    shown = began
+        add_row(True)
+    began = shown = time.perf_counter()
     while not end:
-        draws = draw(step)
-        out = update(draws)
+        out = update(draw(step))
         step += 1
         recent.append(out["losses"])
         if step % look_every == 0:
-            check_finite(out["losses"], step, nn.ModuleDict())
+            check_finite(out["losses"].items(), step, "loss of ")
         end = bool(after_step and after_step(step, out)) or step == steps
         # A fixed decay of .999 would still hold a third of the start after 1,000 steps.
         ema_update_(ema, nets, min(ema_longest, step / (step + 9)), masks)
         now = time.perf_counter()
         seconds = earlier + now - began
-        if end or (eval_every and step % eval_every == 0):
-            add_row(evaluate(step) if evaluate else {}, seconds)
-        elif (step - start) % log_every == 0:
-            add_row({}, seconds)
+        due = end or (eval_every and step % eval_every == 0)
+        if due or (step - start) % log_every == 0:
+            add_row(due)
         if end or now - shown > 10:
-            step_s, shown = (now - began) / (step - first), now
+            shown, step_s = now, (now - began) / (step - first)
             log = out["losses"] | state.get("log", {})
             print(progress_line(step, steps, log, step_s), flush=True)
-        if checkpoint and (end or checkpoint.due()):
-            check_finite(out["losses"], step, nets)
+        if checkpoint and (end or now - checkpoint.written >= checkpoint.every_s):
+            check_finite(nets.named_parameters(), step)
             checkpoint.save(step, rows, recent, seconds, end)
     return Trained(step, rows, earlier + time.perf_counter() - began)
 
@@ -1051,10 +1039,10 @@ def load_torch(path, device="cpu"):
     refused, not run. ValueError with the file's name for anything but a whole file of ours."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-        if not isinstance(content, dict) or content.get("format") != 1:
-            raise ValueError("not a file of lottery.py's format 1")
+        if content.get("format") != 1:
+            raise ValueError("not of format 1")
         return content
-    except Exception as error:  # zip, pickle and torch each have errors of their own for damage
+    except Exception as error:  # zip, pickle and torch each have their own
         raise ValueError(f"cannot read {path} ({error!r:.120}); restore a copy") from None
 
 def read_json(path):
@@ -1084,39 +1072,31 @@ class Checkpoint:
     """What a run folder keeps of the training `name`: last.pt while it runs, done-NAME.pt when it
     has ended, metrics-NAME.csv. `every_s`: seconds between checkpoints; it changes no weight."""
     def __init__(self, folder, name, every_s=120.0):
-        self.folder, self.name, self.every_s = folder, name, every_s
+        self.name, self.every_s = name, every_s
+        self.last, self.done = folder / "last.pt", folder / f"done-{name}.pt"
+        self.table = folder / f"metrics-{name}.csv"
         self.written, self.good = time.perf_counter(), "none"
 
     def restore_(self, nets, ema, masks, optimizers, state):
-        """Copy a checkpoint into networks, average, masks, optimizers and state, in place, and
-        return its (step, rows, recent, seconds, finished), or None. `save` writes these then."""
+        """Copy the checkpoint into these; its (step, rows, recent, seconds, finished), or None."""
         self.parts = nets, ema, masks, optimizers, state
-        for path in (self.folder / f"done-{self.name}.pt", self.folder / "last.pt"):
-            if path.exists():
-                saved = load_torch(path, next(nets.parameters()).device)
-                if saved.get("name") == self.name:
-                    break
-        else:
+        path = self.done if self.done.exists() else self.last
+        if not path.exists():
             return None
-        try:
-            nets.load_state_dict(saved["weights"])
-            ema.load_state_dict(saved["ema"])
-            for name, mask in masks.items():
-                mask.copy_(saved["masks"][name])
-            for role in () if saved["finished"] else optimizers:
-                optimizers[role].load_state_dict(saved["optimizers"][role])
-            state.update(saved["state"])
-            self.good = f"{path} (step {saved['step']})"
-            if not saved["finished"]:
-                print(f"{self.name}: continuing from step {saved['step']:,}", flush=True)
-            return [saved[k] for k in ("step", "rows", "recent", "seconds", "finished")]
-        except (KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:
-            what = f"{path} does not belong to these networks ({error!r:.120})"
-            raise ValueError(f"{what}; delete it or name another --out") from None
-
-    def due(self):
-        """Whether it is time for the next checkpoint."""
-        return time.perf_counter() - self.written >= self.every_s
+        saved = load_torch(path, next(nets.parameters()).device)
+        if saved.get("name") != self.name:  # last.pt of another training
+            return None
+        nets.load_state_dict(saved["weights"])
+        ema.load_state_dict(saved["ema"])
+        for name, mask in masks.items():
+            mask.copy_(saved["masks"][name])
+        for role, moments in saved.get("optimizers", {}).items():
+            optimizers[role].load_state_dict(moments)
+        state.update(saved["state"])
+        self.good = f"{path} (step {saved['step']})"
+        if not saved["finished"]:
+            print(f"{self.name}: continuing from step {saved['step']:,}", flush=True)
+        return [saved[k] for k in ("step", "rows", "recent", "seconds", "finished")]
 
     def save(self, step, rows, recent, seconds, finished):
         """Write the parts and the numbers; when finished as done-NAME.pt."""
@@ -1125,20 +1105,18 @@ class Checkpoint:
         writer = csv.DictWriter(text, list(keys))  # all rows again: a column may appear late
         writer.writeheader()
         writer.writerows(rows)
-        write_text(self.folder / f"metrics-{self.name}.csv", text.getvalue())
+        write_text(self.table, text.getvalue())
         content = {"format": 1, "name": self.name, "step": step, "rows": rows, "recent": recent}
         content |= {"seconds": seconds, "finished": finished, "state": state}
         content |= {"weights": nets.state_dict(), "ema": ema.state_dict()}
         content["masks"] = {name: mask.bool() for name, mask in masks.items()}
-        path = last = self.folder / "last.pt"
         if finished:
-            path = self.folder / f"done-{self.name}.pt"
-        else:
-            content["optimizers"] = {role: o.state_dict() for role, o in optimizers.items()}
-        save_torch(path, content)
-        if finished:
-            last.unlink(missing_ok=True)
-        self.written, self.good = time.perf_counter(), f"{path} (step {step})"
+            save_torch(self.done, content)
+            self.last.unlink(missing_ok=True)
+            return
+        content["optimizers"] = {role: o.state_dict() for role, o in optimizers.items()}
+        save_torch(self.last, content)
+        self.written, self.good = time.perf_counter(), f"{self.last} (step {step})"
 
 # ==================================================================================================
 # 6. SCORES: how much each weight matters, early in training. {name: tensor shaped like the
@@ -1147,27 +1125,24 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def scoring(*models):
-    """`untouched`, and scores that depend on weights and data alone.
-    Batch norm takes the statistics of the batch (running ones are still empty at the start), all
-    else is in eval mode (no dropout), and spectral norm's vectors are iterated 30 times from a
-    fixed start, then still: one iteration a forward would score with what the last one left."""
-    layers = [layer for model in models for layer in model.modules()]
-    devices = {p.device for model in models for p in model.parameters() if p.is_cuda}
-    with untouched(*models), torch.enable_grad(), torch.random.fork_rng(list(devices)):
-        for layer in layers:
+    """`untouched`, and scores that depend on weights and data alone. Batch norm takes statistics of
+    the batch (running ones are still empty), all else is in eval mode, and spectral norm's vectors
+    are iterated 30 times from a fixed start, then still: with one iteration a forward, scores
+    would depend on what the last forward left."""
+    with untouched(*models), torch.enable_grad(), torch.random.fork_rng([]):
+        for layer in nn.ModuleList(models).modules():
             layer.training = isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        for layer in layers:
             if not nn.utils.parametrize.is_parametrized(layer, "weight"):
                 continue
-            weight = layer.parametrizations.weight.original.detach()
-            for norm in layer.parametrizations.weight:
-                matrix = norm._reshape_weight_to_matrix(weight)
-                u = torch.randn(len(matrix), generator=rng(0, 0, "spectral norm")).to(matrix)
-                for _ in range(30):
-                    v = F.normalize(matrix.T @ u, dim=0)
-                    u = F.normalize(matrix @ v, dim=0)
-                norm._u.copy_(u)
-                norm._v.copy_(v)
+            weight = layer.parametrizations.weight
+            norm, raw = weight[0], weight.original.detach()
+            matrix = norm._reshape_weight_to_matrix(raw)
+            u = torch.randn(len(matrix), generator=rng(0, 0, "spectral norm")).to(matrix)
+            for _ in range(30):
+                v = F.normalize(matrix.T @ u, dim=0)
+                u = F.normalize(matrix @ v, dim=0)
+            norm._u.copy_(u)
+            norm._v.copy_(v)
         yield
 
 def score_magnitude(model):
@@ -1176,56 +1151,49 @@ def score_magnitude(model):
 
 def score_snip(model, loss, batches=1):
     """SNIP: |w dL/dw|, how fast the loss changes when the weight's mask leaves 1. Lee et al. 2019.
-    loss  (k) -> scalar loss of `model` on the k-th scoring batch, without weight decay; the same at
-          every call
+    loss(k) -> scalar on the k-th scoring batch, without weight decay, the same at every call.
     The absolute value is taken of the sum over batches; taken per batch it would score their noise.
     A GAN's networks are scored apart, by G's and by D's loss: in a sum of both, which pull G's
     weights in opposite directions, G's scores cancel, and in one pool with D's G is starved."""
     weights = prunable_parameters(model)
-    sums = [torch.zeros_like(w) for w in weights.values()]
+    tensors = list(weights.values())
+    sums = [torch.zeros_like(w) for w in tensors]
     for k in range(batches):
-        torch._foreach_add_(sums, torch.autograd.grad(loss(k), list(weights.values())))
+        torch._foreach_add_(sums, torch.autograd.grad(loss(k), tensors))
     return {name: (w.detach() * g).abs() for (name, w), g in zip(weights.items(), sums)}
 
 def score_grasp(model, loss, batches=1):
     """GraSP: w (H g), how much of the squared gradient norm |g|^2 goes with the weight; H is the
     Hessian of the loss. Wang, Zhang & Grosse 2020. Arguments see score_snip.
-    Two passes. First g, summed over the batches. Then per batch the derivative of
-    stop(g) . g_batch, which is H_batch g; without the stop 2 H g comes out. Mind the sign: the
-    paper scores S = -w (H g) and removes the LARGEST S, so the largest w (H g) stay. An absolute
-    value, or the other end, is the classic error and prunes what carries the gradient. For a
-    classifier the paper divides the logits by 200 inside the loss, in both passes: that makes
-    probabilities nearly equal and changes the ranking, also its signs."""
+    First g, summed over the batches. Then per batch the derivative of stop(g) . g_batch, which is
+    H_batch g; without the stop 2 H g comes out. Mind the sign: the paper scores S = -w (H g) and
+    removes the LARGEST S, so the largest w (H g) stay. The other end, or an absolute value, prunes
+    what carries the gradient. For a classifier the paper divides the logits by 200 inside the loss,
+    in both passes: probabilities become nearly equal, and the ranking changes, also its signs."""
     weights = prunable_parameters(model)
-    tensors, last = list(weights.values()), batches - 1
-    products, sums = ([torch.zeros_like(w) for w in tensors] for _ in range(2))
-    gradients = torch.autograd.grad(loss(last), tensors, create_graph=True)
-    for k in range(last):
+    tensors = list(weights.values())
+    sums = [torch.zeros_like(w) for w in tensors]
+    products = [torch.zeros_like(w) for w in tensors]
+    for k in range(batches):
         torch._foreach_add_(sums, torch.autograd.grad(loss(k), tensors))
-    torch._foreach_add_(sums, [g.detach() for g in gradients])
-    for k in reversed(range(batches)):
-        if k != last:  # the last batch's graph exists already
-            gradients = torch.autograd.grad(loss(k), tensors, create_graph=True)
+    for k in reversed(range(batches)):  # any order
+        gradients = torch.autograd.grad(loss(k), tensors, create_graph=True)
         inner = sum((stop * g).sum() for stop, g in zip(sums, gradients))
-        if not inner.requires_grad:  # a loss that is linear in all weights has no curvature
-            continue
-        parts = torch.autograd.grad(inner, tensors, allow_unused=True)
-        for product, part in zip(products, parts):
-            if part is not None:  # nor has a weight that the loss is linear in
-                product += part
-    return {n: w.detach() * product for (n, w), product in zip(weights.items(), products)}
+        parts = torch.autograd.grad(inner, tensors, materialize_grads=True)
+        torch._foreach_add_(products, parts)
+    return {name: w.detach() * p for (name, w), p in zip(weights.items(), products)}
 
 def scoring_losses(nets, draw, noise, objective, beta=1.0, temperature=1.0):
-    """{prefix: (k) -> loss} by which the networks of a model are scored: "G." and "D." of a GAN,
-    each by its own loss; "" of other models, all networks by theirs.
-    draw(k) -> the k-th scoring batch, images and labels; noise(k, role) -> latents for it
-    temperature  divides a classifier's logits: 200 for GraSP"""
+    """{prefix: (k) -> loss} by which networks are scored: "G." and "D." of a GAN, each by its own
+    loss; "" of other models, all by one. draw(k) -> the k-th batch, images and labels; noise(k,
+    role) -> latents for it. temperature divides a classifier's logits: 200 for GraSP"""
     def loss_G(k):
         return generator_loss(objective, nets["D"](nets["G"](noise(k, "G"))))
 
     def loss_D(k):
         fake = nets["G"](noise(k, "D")).detach()
-        return discriminator_loss(objective, nets["D"](draw(k)[0]), nets["D"](fake))
+        real, _ = draw(k)
+        return discriminator_loss(objective, nets["D"](real), nets["D"](fake))
 
     def loss_rest(k):
         x, labels = draw(k)

