@@ -956,10 +956,12 @@ def ema_update_(ema, live, decay, masks):
     """ema <- decay ema + (1 - decay) live for every parameter of `ema`, then masked; buffers stay.
     ema, live  nn.ModuleDicts of roles; `ema` may hold fewer. masks: flat, "G.stem.weight"
     Unmasked, a weight just pruned would live on in the average. One just grown starts from 0."""
-    for name, average in ema.named_parameters():
-        average.lerp_(live.get_parameter(name), 1 - decay)
-        if name in masks:
-            average.mul_(masks[name])
+    average = dict(ema.named_parameters())
+    if average:
+        now = [live.get_parameter(name) for name in average]
+        torch._foreach_lerp_(list(average.values()), now, 1 - decay)
+    for name in average.keys() & masks.keys():
+        average[name].mul_(masks[name])
 
 def check_finite(tensors, step, what=""):
     """FloatingPointError when one of the (name, tensor) pairs is not finite."""
@@ -981,7 +983,8 @@ def train(
     nets        nn.ModuleDict of roles; optimizers {role: optimizer}
     masks       {parameter name: mask}, changed in place by after_step only
     ema         nn.ModuleDict of copies of the roles that are averaged; ema_longest: longest decay
-    eval_every  steps between evaluations; there is one at `start` and one at the end, too
+    eval_every  steps between evaluations; there is one at the end, too, and unless the end is the
+                only one, one at `start`
     checkpoint  a Checkpoint: a finished training returns at once, one that was cut off goes on
     A loss that is not finite ends it with FloatingPointError (on CUDA every tenth is looked at)."""
     masks, ema = masks or {}, ema or nn.ModuleDict()
@@ -1004,7 +1007,7 @@ def train(
         rows.append(row | state.get("log", {}))
         recent.clear()
 
-    if step == start and evaluate:
+    if step == start and evaluate and eval_every < steps:
         add_row(True)
     began = shown = time.perf_counter()
     while not end:
@@ -1176,7 +1179,7 @@ def score_grasp(model, loss, batches=1):
     products = [torch.zeros_like(w) for w in tensors]
     for k in range(batches):
         torch._foreach_add_(sums, torch.autograd.grad(loss(k), tensors))
-    for k in reversed(range(batches)):  # any order
+    for k in reversed(range(batches)):
         gradients = torch.autograd.grad(loss(k), tensors, create_graph=True)
         inner = sum((stop * g).sum() for stop, g in zip(sums, gradients))
         parts = torch.autograd.grad(inner, tensors, materialize_grads=True)
