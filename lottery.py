@@ -2101,7 +2101,7 @@ def sample_images(G, count, seed=0, purpose="samples", size=100):
 
 @torch.no_grad()
 def reconstruct(nets, images, size=100):
-    """uint8 (N, C, S, S) through encoder (a VAE's mean) and decoder: [-1, 1], float, on the CPU."""
+    """uint8 (N, C, S, S) -> float in [-1, 1] on the CPU, by encoder (a VAE's mean) and decoder."""
     device, parts = next(nets.parameters()).device, []
     for part in images.split(size):
         code = nets["encoder"](part.to(device).float() / 127.5 - 1)
@@ -2168,7 +2168,7 @@ def mac_positions(model, *inputs):
 
     def count(name, module, args, output):
         area = args[0] if isinstance(module, nn.ConvTranspose2d) else output
-        found[name] += area[0].numel() // len(module.weight)  # += for a shared layer
+        found[name] += area[0].numel() // len(module.weight)  # +=: a layer may be called twice
 
     for name, module in prunable_modules(model):
         module.register_forward_hook(functools.partial(count, name))
@@ -2250,7 +2250,7 @@ def draw_curve(path, rows, title):
         return
     figure = matplotlib.figure.Figure((6, 4), 120, layout="tight")
     axes = figure.add_subplot(xlabel="weights kept, %", ylabel=title)
-    shares = [f"{100 * row['density']:.3g}" for row in rows]  # words: one step a round
+    shares = [f"{100 * row['density']:.3g}" for row in rows]  # as words: one step a round
     for name in ("dense", "ticket", "random", "shuffled"):
         values = [row.get(name) for row in rows]
         if None not in values:
