@@ -1998,101 +1998,85 @@ def elastic_ticket(theta, masks, target, maps):
     return theta, masks, fresh
 
 # ==================================================================================================
-# 11. METRICS: distances between sets of images (by the features of a fixed network, in float64),
-#     multiply-accumulates (MACs) of networks and of trainings, pictures.
+# 11. METRICS: distances between sets of images, multiply-accumulates (MACs), pictures.
 
-FID_WEIGHTS = (
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-    "pt_inception-2015-12-05-6726825d.pth"
-)
+FID_WEIGHTS = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+FID_WEIGHTS += "pt_inception-2015-12-05-6726825d.pth"
 
 class RandomFeatures(nn.Module):
-    """64 features of an image by a fixed random network: nothing to download, the same everywhere.
-    uint8 (B, 1 or 3, S, S) -> (B, 64). Orthogonal weights keep the scale from layer to layer; the
-    mean over space forgives where a thing is, not what it is. Such features rank generative models
-    about as trained ones do (Lee et al. 2022, arXiv 2208.09218), but are never to be called FID."""
+    """64 features by a fixed random network, the same everywhere: uint8 (B, 1 or 3, S, S) ->
+    (B, 64). Orthogonal weights keep the scale; the mean over space forgives where a thing is. They
+    rank generative models about as trained features do (Lee et al. 2022, arXiv 2208.09218)."""
     def __init__(self, seed=0):
         super().__init__()
-        self.convs = nn.ModuleList()
-        for i, (a, b) in enumerate(((3, 32), (32, 64), (64, 64), (64, 64))):
+        self.layers = nn.Sequential()
+        for i, (a, b) in enumerate([(3, 32), (32, 64), (64, 64), (64, 64)]):
             conv = nn.Conv2d(a, b, 4, 2, 1, bias=False)
-            nn.init.orthogonal_(conv.weight, math.sqrt(2), generator=rng(seed, i, "features"))
-            self.convs.append(conv)
+            nn.init.orthogonal_(conv.weight, 2**0.5, rng(seed, i, "features"))
+            self.layers.extend([conv, nn.ReLU()])
 
-    def forward(self, images):       # (B, c, S, S) uint8
+    def forward(self, images):  # (B, c, S, S) uint8
         x = (images.float() / 127.5 - 1).expand(-1, 3, -1, -1)
-        for conv in self.convs:
-            x = F.relu(conv(x))      # (B, 32..64, S/2..S/16, S/2..S/16)
-        return x.mean((2, 3))        # (B, 64)
+        return self.layers(x).mean((2, 3))  # of (B, 64, S/16, S/16)
 
 class InceptionFeatures(nn.Module):
-    """The 2048 "pool3" features of the FID network: torchvision's Inception v3 with the pooling of
-    the TensorFlow graph of 2015-12-05. uint8 (B, 1 or 3, S, S) -> (B, 2048).
-    state_dict: FID_WEIGHTS, under torchvision's names (1008 classes, no AuxLogits). Only with those
-    is a distance a FID. The network differs from torchvision's only in the pooling branch of nine
-    blocks: average pooling leaves the padding out of the count, and the last block takes the
-    maximum. Images go 0..1, bilinear to 299, -1..1 (as in pytorch-fid)."""
+    """The 2048 "pool3" features of FID's network, uint8 (B, 1 or 3, S, S) -> (B, 2048). Only with
+    FID_WEIGHTS is a distance a FID. Their TensorFlow graph of 2015-12-05 is torchvision's Inception
+    v3 but for nine pooling branches: averages leave the padding out of the count, the last takes
+    the maximum. Images go 0..1, bilinear to 299, -1..1, as in pytorch-fid."""
     def __init__(self, state_dict):
         super().__init__()
-        inception = import_torchvision().models.inception_v3
-        plain = dict(weights=None, aux_logits=False, init_weights=False, transform_input=False)
-        self.net = inception(num_classes=1008, **plain)
-        missing, extra = self.net.load_state_dict(state_dict, strict=False)
-        missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-        if missing or extra:
-            raise ValueError(f"{len(missing)} tensors missing, {len(extra)} unknown")
-        around = dict(kernel_size=3, stride=1, padding=1)
-        average = functools.partial(F.avg_pool2d, count_include_pad=False, **around)
-        for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
-            replace_pooling(getattr(self.net, f"Mixed_{name}"), average)
-        replace_pooling(self.net.Mixed_7c, functools.partial(F.max_pool2d, **around))
-        self.net.fc = nn.Identity()  # after loading: its weights are in the file
-        self.eval()
+        models = import_torchvision().models
+        net = models.Inception3(1008, aux_logits=False, init_weights=False)
+        net.load_state_dict(state_dict)
+        net.fc = nn.Identity()  # after loading: its weights are in the file
+        *blocks, last = [b for b in net.children() if hasattr(b, "branch_pool")]
+        for block in blocks:
+            replace_pooling(block, nn.AvgPool2d(3, 1, 1, count_include_pad=False))
+        replace_pooling(last, nn.MaxPool2d(3, 1, 1))
+        self.net = net.eval()
 
     def forward(self, images):
         x = images.expand(-1, 3, -1, -1).float() / 255
-        x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False)
+        x = F.interpolate(x, (299, 299), mode="bilinear")
         return self.net(2 * x - 1)
 
 def replace_pooling(block, pool):
     """Let the pooling branch of an Inception block see pool(input), not what its forward pooled."""
-    seen = {}
-    block.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
-    block.branch_pool.register_forward_pre_hook(lambda module, args: (pool(seen.pop("x")),))
+    seen, branch = [], block.branch_pool
+    block.register_forward_pre_hook(lambda _, args: seen.extend(args))
+    branch.register_forward_pre_hook(lambda _, args: pool(seen.pop()))
 
 def feature_network(name, weights=None):
-    """The feature network "random" or "inception" (its weights from the file `weights`, else
-    torch.hub's cache or a download), in eval mode. ValueError when it is unavailable."""
+    """The feature network "random" or "inception", of a file or torch.hub's download."""
     if name == "random":
-        return RandomFeatures().eval()
+        return RandomFeatures()
     try:
-        how = dict(map_location="cpu", weights_only=True)
-        if weights is not None:
-            return InceptionFeatures(torch.load(weights, **how))
+        if weights:
+            return InceptionFeatures(torch.load(weights, "cpu", weights_only=True))
         download = torch.hub.load_state_dict_from_url
-        return InceptionFeatures(download(FID_WEIGHTS, check_hash=True, **how))
-    except Exception as error:  # url, zip, pickle and state dict each have errors of their own
-        what = f"cannot use {weights or FID_WEIGHTS} as Inception weights ({error!r:.120})"
-        raise ValueError(f"{what}; pass --inception-weights FILE or --features random") from None
+        return InceptionFeatures(download(FID_WEIGHTS, check_hash=True, weights_only=True))
+    except Exception as error:  # url, zip, pickle, state dict
+        raise ValueError(f"--inception-weights {weights or FID_WEIGHTS}: {error!r:.120}") from None
 
 @torch.no_grad()
 def extract(images, network, size=100):
     """Features (N, d) float64 on the CPU of uint8 images (N, C, H, W), `size` at a time."""
     device = next(network.parameters()).device
-    return torch.cat([network(part.to(device)).double().cpu() for part in images.split(size)])
+    parts = [network(x.to(device)).cpu() for x in images.split(size)]
+    return torch.cat(parts).double()
 
 def frechet_distance(x, y):
     """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two feature sets (N, d), unbiased C.
     Heusel et al. 2017. Biased upwards by about (2d + d(d+1)/2)/n: compare only equal n, d and
-    reference. The trace of the root comes from the eigenvalues of R C2 R with R = C1^(1/2):
-    symmetric, so real. In float64: float32 gives wrong values here."""
+    reference. C1 C2 has the eigenvalues of the symmetric R C2 R, R = C1^(1/2). Needs float64."""
     x, y = x.double(), y.double()
-    cov_x, cov_y = torch.cov(x.T), torch.cov(y.T)
-    values, vectors = torch.linalg.eigh(cov_x)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    middle = torch.linalg.eigvalsh(root @ cov_y @ root).clamp(min=0).sqrt().sum()
+    C1, C2 = torch.cov(x.T), torch.cov(y.T)
+    values, vectors = torch.linalg.eigh(C1)
+    R = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    roots = torch.linalg.eigvalsh(R @ C2 @ R).clamp(min=0).sqrt()
     mean = (x.mean(0) - y.mean(0)).square().sum()
-    return float(mean + cov_x.trace() + cov_y.trace() - 2 * middle)
+    return float(mean + C1.trace() + C2.trace() - 2 * roots.sum())
 
 def kernel_distance(x, y, generator=None, subsets=10, size=1000):
     """Unbiased squared MMD with kernel (x.y/d + 1)^3, mean over subsets; (N, d) float64 each.
@@ -2101,46 +2085,42 @@ def kernel_distance(x, y, generator=None, subsets=10, size=1000):
     for _ in range(1 if m == len(x) == len(y) else subsets):
         a = x[torch.randperm(len(x), generator=generator)[:m]]
         b = y[torch.randperm(len(y), generator=generator)[:m]]
-        kaa, kbb, kab = ((p @ q.T / x.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
-        within = (kaa.sum() - kaa.trace() + kbb.sum() - kbb.trace()) / (m * (m - 1))
-        values.append(float(within - 2 * kab.mean()))
+        pairs = (a, a), (b, b), (a, b)
+        aa, bb, ab = ((p @ q.T / x.shape[1] + 1) ** 3 for p, q in pairs)
+        within = aa.sum() - aa.trace() + bb.sum() - bb.trace()
+        values.append(float(within / (m * (m - 1)) - 2 * ab.mean()))
     return float(np.mean(values))
 
-@torch.no_grad()
 def generator_for_use(G, averaged=None, seed=0, size=64):
     """A copy of G in eval mode, for sampling: the averaged weights if there are any, with batch
     norm statistics of their own (over 20 seeded batches; those of the live G are not theirs)."""
     if averaged is None:
         return copy.deepcopy(G).eval()
-    use = copy.deepcopy(averaged).train()
-    norms = [m for m in use.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain mean over the batches
+    use = copy.deepcopy(averaged)
     device = next(use.parameters()).device
-    for k in range(20 if norms else 0):
-        use(latents(size, G.z, seed, 0, "batch norm", k, device))
+    z = [latents(size, G.z, seed, 0, "batch norm", k) for k in range(20)]
+    torch.optim.swa_utils.update_bn(z, use, device)
     return use.eval()
 
 def networks_for_use(nets, ema, seed=0, size=64):
-    """{role: network} in eval mode, of copies; a GAN's G by generator_for_use."""
-    use = {role: copy.deepcopy(net).eval() for role, net in nets.items() if role != "G"}
-    if "G" in nets:
-        use["G"] = generator_for_use(nets["G"], ema["G"] if "G" in ema else None, seed, size)
-    return nn.ModuleDict(use)
+    """Copies of the networks in eval mode, nn.ModuleDict; a GAN's G by generator_for_use."""
+    use = copy.deepcopy(nets).eval()
+    if "G" in ema:
+        use["G"] = generator_for_use(nets["G"], ema["G"], seed, size)
+    return use
 
 @torch.no_grad()
 def sample_images(G, count, seed=0, purpose="samples", size=100):
     """`count` uint8 images (count, C, S, S) on the CPU; the first n are the same for any count."""
     device, parts = next(G.parameters()).device, []
     for k in range(math.ceil(count / size)):  # whole batches, then cut
-        parts.append(to_uint8(G(latents(size, G.z, seed, 0, purpose, k, device))).cpu())
+        z = latents(size, G.z, seed, 0, purpose, k, device)
+        parts.append(to_uint8(G(z)).cpu())
     return torch.cat(parts)[:count]
 
 @torch.no_grad()
 def reconstruct(nets, images, size=100):
-    """uint8 images (N, C, S, S) through encoder (a VAE's mean, no noise) and decoder -> float
-    images on the CPU, in [-1, 1]. In the mode, train or eval, that the networks are in."""
+    """uint8 (N, C, S, S) -> float in [-1, 1] on the CPU, by encoder (a VAE's mean) and decoder."""
     device, parts = next(nets.parameters()).device, []
     for part in images.split(size):
         code = nets["encoder"](part.to(device).float() / 127.5 - 1)
@@ -2151,8 +2131,8 @@ def reconstruction_error(nets, images):
     """Mean squared error over all pixels of uint8 images, in units of [-1, 1]."""
     total = 0.0
     for part in images.split(1000):
-        error = F.mse_loss(reconstruct(nets, part), part.cpu().float() / 127.5 - 1)
-        total += error.item() * len(part)
+        x = part.cpu().float() / 127.5 - 1
+        total += len(part) * float(F.mse_loss(reconstruct(nets, part), x))
     return total / len(images)
 
 @torch.no_grad()
@@ -2160,8 +2140,8 @@ def accuracy(net, images, labels, size=500):
     """Share of all images, uint8 (N, C, S, S) or an ImageStream, that `net` gets right."""
     device, right = next(net.parameters()).device, 0
     for part, truth in zip(images.split(size), labels.split(size)):
-        guess = net(part.to(device).float() / 127.5 - 1).argmax(1)
-        right += int((guess.cpu() == truth.cpu()).sum())
+        x = part.to(device).float() / 127.5 - 1
+        right += int((net(x).argmax(1) == truth.to(device)).sum())
     return right / len(images)
 
 class Reference(NamedTuple):
@@ -2214,16 +2194,14 @@ def measure(nets, held_out, truth, reference=None, seed=0):
 
 @torch.no_grad()
 def mac_positions(model, *inputs):
-    """{name of prunable weight: positions of the output, per image, at which it works}.
-    So a layer's MACs per image are positions x weights kept: a convolution's output pixels, a
-    transposed one's input pixels, 1 for linear. Biases, norms and activations are not counted.
-    One forward of a copy in eval mode with `inputs`, a batch of 1."""
+    """{name of prunable weight: positions per image at which it works}: a convolution's output
+    pixels, a transposed one's input pixels, 1 for linear. A layer's MACs per image are positions x
+    weights kept; biases, norms and activations are not counted. inputs: of one forward, B = 1."""
     found, model = collections.Counter(), copy.deepcopy(model).eval()
 
     def count(name, module, args, output):
         area = args[0] if isinstance(module, nn.ConvTranspose2d) else output
-        width = area.shape[1] if area.dim() == 4 else module.out_features
-        found[name] += area[0].numel() // width  # += : a layer may be called more than once
+        found[name] += area[0].numel() // len(module.weight)  # +=: a layer may be called twice
 
     for name, module in prunable_modules(model):
         module.register_forward_hook(functools.partial(count, name))
@@ -2235,8 +2213,8 @@ def flat_positions(nets, size, channels):
     device, positions = next(nets.parameters()).device, {}
     for role, net in nets.items():
         shape = (net.z,) if role in ("G", "decoder") else (channels, size, size)
-        places = mac_positions(net, torch.zeros(1, *shape, device=device))
-        positions |= {f"{role}.{name}": n for name, n in places.items()}
+        found = mac_positions(net, torch.zeros(1, *shape, device=device))
+        positions |= {f"{role}.{name}": n for name, n in found.items()}
     return positions
 
 def training_macs(
@@ -2283,29 +2261,27 @@ def training_macs(
 
 def save_grid(path, images):
     """uint8 images (N, C, S, S), eight in a row, as one PNG."""
-    utils = import_torchvision().utils
-    grid = utils.make_grid(images.float() / 255, nrow=8, padding=1)
-    write_atomically(path, lambda file: utils.save_image(grid, file, format="png"))
+    save = import_torchvision().utils.save_image
+    write_atomically(path, lambda file: save(images / 255, file, "png", padding=1))
 
 def draw_pictures(folder, nets, held_out, sampled, seed=0):
     """samples.png if `sampled`; reconstructions.png, eight held-out images above what came back."""
     if sampled:
-        generator = nets["G" if "G" in nets else "decoder"]
-        save_grid(folder / "samples.png", sample_images(generator, 64, seed))
+        G = nets["G" if "G" in nets else "decoder"]
+        save_grid(folder / "samples.png", sample_images(G, 64, seed))
     if "encoder" in nets:
         seen = held_out[:32].cpu()
-        pairs = zip(seen.split(8), to_uint8(reconstruct(nets, seen)).split(8))
-        rows = [torch.cat(pair) for pair in pairs]
-        save_grid(folder / "reconstructions.png", torch.cat(rows))
+        back = to_uint8(reconstruct(nets, seen))
+        rows = itertools.chain(*zip(seen.split(8), back.split(8)))
+        save_grid(folder / "reconstructions.png", torch.cat([*rows]))
 
 def draw_curve(path, rows, title):
-    """The metric over the share of weights kept, of tickets and controls, where matplotlib exists.
-    rows: dicts with "density", "dense", "ticket" and maybe "random" and "shuffled"."""
+    """The metric of tickets and controls over the share of weights kept, if there is matplotlib."""
     try:
         import matplotlib.figure
     except ImportError:
         return
-    figure = matplotlib.figure.Figure((6, 4), layout="tight")
+    figure = matplotlib.figure.Figure((6, 4), 120, layout="tight")
     axes = figure.add_subplot(xlabel="weights kept, %", ylabel=title)
     shares = [f"{100 * row['density']:.3g}" for row in rows]  # as words: one step a round
     for name in ("dense", "ticket", "random", "shuffled"):
@@ -2313,7 +2289,7 @@ def draw_curve(path, rows, title):
         if None not in values:
             axes.plot(shares, values, "--" if name == "dense" else "o-", label=name)
     axes.legend()
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    write_atomically(path, figure.savefig)
 
 # ==================================================================================================
 # 12. COMMAND LINE: settings, the run folder, a function per method, the table. There are settings

@@ -2634,7 +2634,7 @@ def test_inception_differs_from_torchvision_in_the_pooling_branches_only():
             (rest, last), (plain, other) = (t.tensor_split([-width], 1) for t in (out, block(x)))
             assert torch.equal(rest, plain) and not torch.equal(last, other), name
             assert torch.equal(last, block.branch_pool(wanted)), name
-    with pytest.raises(ValueError, match="missing"):
+    with pytest.raises(RuntimeError, match="Missing key"):
         L.InceptionFeatures({k: v for k, v in state.items() if "Mixed_6c" not in k})
 
 
