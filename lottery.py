@@ -1292,20 +1292,18 @@ def iterative_magnitude_pruning(
     2019; late rewinding Frankle et al. 2020; for generative models Kalibhat et al. 2021.
     make_nets    (draw) -> nn.ModuleDict of fresh networks; 0: this run's start, 1, 2, ...: others
     train_fn     (name, nets, masks, start, after_step, state) -> anything; trains `nets` in place
-                 from step `start` to its end, with after_step(steps done, out) after each. If it
-                 can be interrupted it saves `state` with its checkpoint
+                 from step `start`, with after_step(steps done, out) after each step. If it can be
+                 interrupted it saves `state` with its checkpoint
     densities    share kept after each round, falling, see round_densities
     rewind_step  k: survivors go back to what they were after k steps of the dense training
     prune        the roles that are pruned (names up to the first dot); None: all
-    controls     per round, see train_controls
-    Buffers are rewound too (batch norm statistics, spectral norm vectors). Learning rate and data
-    go on from k, optimizers start fresh. Trained weights are ranked, not their average."""
+    Buffers are rewound too. Learning rate and data go on from k, optimizers start fresh. Trained
+    weights are ranked, not their average."""
     nets, state = make_nets(0), {}
 
     def keep_theta(step, out=None):
-        if step == rewind_step:  # clones: references would train along
-            theta = nets.state_dict()
-            state["theta"] = {n: v.clone() for n, v in theta.items()}
+        if step == rewind_step:  # a copy: state_dict() alone would train along
+            state["theta"] = copy.deepcopy(nets.state_dict())
 
     keep_theta(0)
     dense = train_fn("dense", nets, {}, 0, keep_theta, state)  # train
@@ -1319,11 +1317,11 @@ def iterative_magnitude_pruning(
         masks = prune_masks(weights, share, masks, scope, keep_best=True)  # prune
         nets.load_state_dict(theta)  # rewind
         apply_masks_(nets, masks)  # before the first forward
-        name, rest = f"round-{k:02}", (theta, masks, rewind_step, k, seed)
-        ticket = train_fn(name, nets, masks, rewind_step, None, {})  # retrain
-        results = {"ticket": ticket}
+        name = f"round-{k:02}"
+        results = {"ticket": train_fn(name, nets, masks, rewind_step, None, {})}  # retrain
         if controls:
-            results |= train_controls(name, make_nets, train_fn, *rest)
+            given = theta, masks, rewind_step, k, seed
+            results |= train_controls(name, make_nets, train_fn, *given)
         yield Round(k, masks, theta, results)
 
 def train_controls(name, make_nets, train_fn, theta, masks, start, draw, seed):
@@ -1351,10 +1349,9 @@ def round_densities(rate=0.2, rounds=None, density=None):
     return shares
 
 def verdict(dense, ticket, random=None, higher=False):
-    """"wins", "matches" or "no" for a ticket's metric beside the dense network's and its random
-    control's; "-" without a metric. The papers judge by eye.
-    matches: worse than dense by at most 5 % (accuracy, which is `higher` = better: half a point).
-    wins: matches, and better than the random ticket."""
+    """A ticket's metric beside the dense network's and its random control's; "-" without one.
+    "matches": worse than dense by at most 5 % (accuracy, where `higher` is better: half a point).
+    "wins": matches, and better than the random ticket. Else "no". The papers judge by eye."""
     if dense is None or ticket is None:
         return "-"
     sign, slack = (1, 0.005) if higher else (-1, 0.05 * dense)
@@ -1389,19 +1386,16 @@ def load_ticket(path, device="cpu"):
 
 def transfer_ticket(theta, masks, target, roles=None):
     """A ticket into another model: decoder <-> generator, encoder <-> discriminator. Kalibhat 2021.
-    theta, masks  the source's state dict at its rewind step, and its masks, by flat names
-    target        state dict of the freshly initialised target; it is left alone
-    roles         the target's networks that receive; None: all
+    target  state dict of the freshly initialised target; it is left alone
+    roles   the target's networks that receive; None: all
     Returns (theta, masks, received) of the target. Tensors of the same name and shape inside the
     role are copied, buffers too, and named in `received`; the rest is fresh and dense."""
     kin = {"G": "decoder", "decoder": "G", "D": "encoder", "encoder": "D"}
     new = {n: v.clone() for n, v in target.items()}
     new_masks, received = {}, []
     for role in roles or sorted({n.split(".")[0] for n in target}):
-        given, given_masks = of_role(theta, role), of_role(masks, role)
-        if not given:
-            given = of_role(theta, kin.get(role))
-            given_masks = of_role(masks, kin.get(role))
+        source = role if of_role(theta, role) else kin.get(role)
+        given, given_masks = of_role(theta, source), of_role(masks, source)
         weights = 0
         for name, v in of_role(target, role).items():
             if name not in given or given[name].shape != v.shape:
@@ -1439,9 +1433,8 @@ def channel_chains(model):
     for path, module in model.named_modules():
         found, kind = [], str(type(module))
         if isinstance(module, (Encoder, Decoder)):
+            convs = [n.removesuffix(".weight") for n, _ in prunable_modules(module)]
             norms = [f"norms.{i}" for i in range(len(module.norms))]
-            convs = [f"convs.{i}" for i in range(len(module.convs))]
-            convs = ["stem", *convs] if "Decoder" in kind else [*convs, "head"]
             found = zip(convs, norms, convs[1:])
         elif isinstance(module, (UpBlock, DownBlock)):
             if isinstance(module.norm2, nn.BatchNorm2d):
@@ -1461,9 +1454,9 @@ def gammas_of(model, chains):
 def channel_masks(model, fraction, chains, scope="global"):
     """{chain's conv: bool (C,), True = keep}: the round(fraction x channels) of largest |scale|.
     scope  pool of channels: "global" (published), "network", "layer". One pool mixes layers whose
-           scales differ: of a VAE's last layers nearly nothing is left, of wgan's D nothing
-    The best channel of every layer stays: an empty one would cut the network in two. Public code
-    keeps what is strictly above a threshold: at the start, when all scales are equal, nothing."""
+           scales differ: of a VAE's last layers nearly nothing is left
+    The best channel of every layer stays, or the network is cut in two. Public code keeps what is
+    strictly above a threshold: at the start, when all scales are equal, nothing."""
     if not chains:
         raise ValueError("no batch norm between two convolutions, so no scale ranks the channels")
     gammas = gammas_of(model, chains)
@@ -1480,37 +1473,34 @@ def mask_distance(a, b):
     return differ / sum(map(len, a.values()))
 
 def early_bird(masks, look_back=5, limit=0.1):
-    """(found, distances of the newest mask to those before it). masks: one per epoch, the oldest
-    first; found when the newest differs from each of the `look_back` - 1 before it in at most
-    `limit` of the channels. You et al. 2020's code; initial scales say nothing and do not count."""
+    """(found, distances of the newest of `masks`, one per epoch, to those before it). Found when it
+    differs from each of the last look_back - 1 in at most `limit` of the channels. You et al.'s
+    code; masks of initial scales say nothing and do not count."""
     distances = [mask_distance(masks[-1], m) for m in masks[-look_back:-1]]
     found = len(distances) == look_back - 1 and max(distances) <= limit
     return found, distances
 
 def watch_channels(nets, chains, fraction, scope, epoch, steps, state):
-    """The after_step of a training that looks for an early bird: after every epoch of `epoch` steps
-    it draws the channel masks into state["channels"], the newest last, and ends the training when
-    they have come to rest, or after half of `steps`. state["log"] shows the largest distance."""
+    """The after_step of a training that looks for an early bird. After every `epoch` steps it draws
+    channel masks into state["channels"], the newest last; it ends the training when they have come
+    to rest, or after half of `steps`. state["log"] shows the largest distance."""
     def scales():
         return torch.cat(list(gammas_of(nets, chains).values()))
 
     start = scales()
     state.setdefault("channels", [])
 
-    def draw():
-        masks = channel_masks(nets, fraction, chains, scope)
-        state["channels"] = [*state["channels"], masks][-5:]
-
     def after_step(step, out):
+        late = 2 * step >= steps
         moved = (scales() - start).norm() >= 0.01 * start.norm()
-        if step % epoch == 0 and moved:  # unmoved they rank nothing
-            draw()
+        due = step % epoch == 0 and moved  # unmoved scales rank nothing
+        if due or late and not state["channels"]:
+            masks = channel_masks(nets, fraction, chains, scope)
+            state["channels"] = [*state["channels"], masks][-5:]
+        if due:
             state["found"], distances = early_bird(state["channels"])
             log = {"mask_distance": max(distances, default=1.0)}
             state["log"] = state.get("log", {}) | log
-        late = 2 * step >= steps
-        if late and not state["channels"]:
-            draw()
         return late or state.get("found", False)
 
     return after_step
@@ -1526,17 +1516,14 @@ def check_chains(model, chains):
             known = isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
             plain = known and owners[id(layer.weight)] == 1
             if not plain or getattr(layer, "groups", 1) > 1:
-                why = "a plain convolution or linear layer without groups or a shared weight"
-                raise ValueError(f"{name} cannot be cut, it is not {why}; leave its chain out")
+                raise ValueError(f"{name} cannot be cut: no plain layer, or a shared weight")
         norm = model.get_submodule(chain.norm)
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"{chain.norm} is no batch norm")
 
 def cut_(layer, name, dim, keep):
-    """Keep the `keep` (bool) entries of one dimension of a layer's parameter or buffer, in place."""
+    """Leave the entries `keep` (bool) of one dimension of a layer's parameter or buffer."""
     old = getattr(layer, name)
-    if len(keep) != old.shape[dim]:
-        raise ValueError(f"the {name} of {layer} does not fit the channels of its chain")
     index = keep.nonzero().flatten().to(old.device)
     new = old.detach().index_select(dim, index)
     if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last):
@@ -1592,8 +1579,7 @@ def load_model(path, device="cpu"):
             masks[chain.conv] = channels < left
         if any(not mask.all() for mask in masks.values()):
             nets = slim(nets, masks, chains)
-        nets = nets.to(device)
-        nets.load_state_dict(weights)
+        nets.to(device).load_state_dict(weights)
         masks = {n: m.float() for n, m in saved["masks"].items()}
         apply_masks_(nets, masks)
     except (KeyError, RuntimeError, AttributeError) as error:
@@ -1863,15 +1849,13 @@ def role_densities(nets, masks):
 #     blocks inside each stage, in masks and weights; then it is trained once. Chen et al. 2021.
 
 def block_map(source, target, order="append"):
-    """[source block of target block 0, 1, ...] for a stage of `source` blocks that shall have
-    `target`.
-    Block 0 is kept in every stage, whether it downsamples or not. The others, the units, are copied
-    or dropped: each is used as often as the others, the earlier ones once more where it does not
-    come out even (later units are sparser). Copies stand as one group behind the last unit that is
-    copied ("append") or each behind its source ("interpolate"). A squeeze drops the tail, or keeps
-    the first unit of each group that an interpolated stretch would make. Chen et al. 2021; which
-    units they dropped they do not say, and a stretch to over twice the units with a remainder
-    (depth 110) is our reading of their rule."""
+    """[source block of target block 0, 1, ...] for a stage of `source` blocks.
+    Block 0 stays. The others, the units, are copied equally often, the earlier ones once more where
+    it does not come out even (later units are sparser). Copies stand as one group behind the last
+    unit that is copied ("append") or each behind its source ("interpolate"). A squeeze drops the
+    tail, or keeps the first unit of each group that an interpolated stretch would make. Chen et al.
+    2021; which units they dropped they do not say, and a stretch to over twice the units with a
+    remainder (depth 110) is our reading of their rule."""
     if order not in ("append", "interpolate"):
         raise ValueError(f"order is append or interpolate; got {order!r}")
     if target == 1 or order == "append" and target <= source:
@@ -1881,21 +1865,17 @@ def block_map(source, target, order="append"):
         return [groups.index(block) for block in range(target)]
     units = range(1, source)
     times, more = divmod(target - 1, len(units))  # `more` units once more
-    if order == "append":
-        copies = [*units] * (times - 1) + [*units[:more]]
-        last = max(copies)
-        return [0, *units[:last], *copies, *units[last:]]
-    blocks = [0]
-    for unit in units:
-        blocks += [unit] * (times + (unit <= more))
-    return blocks
+    copies = [*units] * (times - 1) + [*units[:more]]
+    if order == "interpolate":
+        return sorted([0, *units, *copies])
+    last = max(copies)
+    return [0, *units[:last], *copies, *units[last:]]
 
 def residual_blocks(names):
     """([blocks per stage], {name: (stage, block, before, after)}) of a ResNet of basic blocks, from
     the names of its tensors: "net.blocks.4.conv1.weight" (CIFAR, blocks counted through three equal
-    stages) or "layer2.1.downsample.0.weight" (torchvision, counted in each stage), whatever stands
-    in front. A name is before + number of its block + after; names in no block (stem, head) are
-    left out of the dict. ValueError for other blocks, and for stages that the names do not tell."""
+    stages) or "layer2.1.downsample.0.weight" (torchvision, counted in each stage).
+    A name is before + number of its block + after; those of stem and head are left out."""
     inside = r"(.*\b(?:blocks|layer(\d))\.)(\d+)(\..*)"
     found = {name: re.fullmatch(inside, name) for name in names}
     found = {name: m.groups() for name, m in found.items() if m}
@@ -1917,9 +1897,8 @@ def residual_blocks(names):
     return [len(stages[stage]) for stage in sorted(stages)], places
 
 def remap_blocks(tensors, maps):
-    """A dict of tensors (weights and statistics, or masks) with the blocks of each stage as `maps`
-    say: target block t of stage s is source block maps[s][t]. What is in no block is taken one to
-    one. All are copies, without rescaling."""
+    """A dict of tensors (weights and statistics, or masks) for another depth: target block t of
+    stage s is source block maps[s][t], the rest is taken one to one. Copies, without rescaling."""
     counts, places = residual_blocks(tensors)
     fits = [m[:1] == [0] and {*m[1:]} <= {*range(1, n)} for m, n in zip(maps, counts)]
     if len(maps) != len(counts) or not all(fits):
@@ -1930,9 +1909,7 @@ def remap_blocks(tensors, maps):
             out[name] = tensor.clone()
             continue
         stage, block, before, after = places[name]
-        first = 0
-        if before.endswith("blocks."):  # CIFAR's: counted through
-            first = sum(map(len, maps[:stage]))
+        first = sum(map(len, maps[:stage])) if before.endswith("blocks.") else 0  # CIFAR's
         for target, source in enumerate(maps[stage], first):
             if source == block:
                 out[f"{before}{target}{after}"] = tensor.clone()
@@ -1947,11 +1924,9 @@ def stretch(tensors, blocks, order="append"):
 squeeze = stretch  # the same rule makes a shallower one; in one order it undoes a stretch
 
 def elastic_ticket(theta, masks, target, maps):
-    """(theta, masks, fresh) of a ticket for a ResNet of another depth: remap_blocks of both, to fit
-    the state dict `target`.
-    A last layer for another number of classes cannot be copied: it is the target's own, dense, and
-    named in `fresh`. Batch norm's statistics are those of another depth, so what the ticket does
-    before it is trained says little. ValueError where another shape differs."""
+    """(theta, masks, fresh): remap_blocks of a ticket, to fit the state dict `target`.
+    A last layer for another number of classes is the target's own, dense, and named in `fresh`.
+    Before it is trained it says little: batch norm's statistics are those of another depth."""
     theta, masks = remap_blocks(theta, maps), remap_blocks(masks, maps)
     fresh = []
     for name, value in target.items():

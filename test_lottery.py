@@ -1755,24 +1755,21 @@ NORMED = torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(6, 5, 3))
 
 
 @pytest.mark.parametrize(
-    "chain, count, change, words",
+    "chain, change, words",
     [
-        (("3", "4", ("0",)), 5, {}, r"weight of Conv2d\(2, 6.* does not fit"),
-        (("0", "1", ("3",)), 7, {}, r"weight of Conv2d\(2, 6.* does not fit"),
-        (("0", "4", ("3",)), 6, {}, r"weight of BatchNorm2d\(5.* does not fit"),
-        (("1", "4", ("8",)), 6, {}, "1 cannot be cut"),
-        (("0", "1", ("3",)), 6, {1: nn.GroupNorm(2, 6)}, "1 is no batch norm"),
-        (("0", "1", ("3",)), 6, {3: nn.Conv2d(6, 6, 3, groups=2)}, "3 cannot be cut"),
-        (("0", "1", ("3",)), 6, {3: NORMED}, "3 cannot be cut"),
-        (("0", "1", ("3",)), 6, {3: CONV, 6: CONV}, "3 cannot be cut"),  # a shared weight
+        (("1", "4", ("8",)), {}, "1 cannot be cut"),
+        (("0", "1", ("3",)), {1: nn.GroupNorm(2, 6)}, "1 is no batch norm"),
+        (("0", "1", ("3",)), {3: nn.Conv2d(6, 6, 3, groups=2)}, "3 cannot be cut"),
+        (("0", "1", ("3",)), {3: NORMED}, "3 cannot be cut"),
+        (("0", "1", ("3",)), {3: CONV, 6: CONV}, "3 cannot be cut"),  # a shared weight
     ],
 )
-def test_what_is_no_chain_is_refused_by_name(chain, count, change, words):
+def test_what_is_no_chain_is_refused_by_name(chain, change, words):
     net = own_chain()
     for place, layer in change.items():
         net[place] = layer
     with pytest.raises(ValueError, match=words):
-        L.slim(net, {chain[0]: torch.ones(count).bool()}, [L.Chain(*chain)])
+        L.slim(net, {chain[0]: torch.ones(6).bool()}, [L.Chain(*chain)])
 
 
 def test_nothing_of_a_cut_channel_is_left_at_the_border():
