@@ -1382,7 +1382,7 @@ def load_ticket(path, device="cpu"):
         names = "settings theta round density metrics".split()
         return {n: ticket[n] for n in names} | {"masks": masks}
     except (KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no ticket of this program: {error!r:.120}") from None
+        raise ValueError(f"{path} is no ticket: {error!r:.120}") from None
 
 def transfer_ticket(theta, masks, target, roles=None):
     """A ticket into another model: decoder <-> generator, encoder <-> discriminator. Kalibhat 2021.
@@ -1574,16 +1574,16 @@ def load_model(path, device="cpu"):
         nets = build(s["model"], *size, classes=s["classes"])
         masks, chains = {}, channel_chains(nets)
         for chain in chains:  # of an early bird: as many channels as the file has
-            channels = torch.arange(len(nets.get_submodule(chain.norm).weight))
-            left = len(weights[f"{chain.norm}.weight"])
-            masks[chain.conv] = channels < left
+            name = f"{chain.norm}.weight"
+            channels = torch.arange(len(nets.get_parameter(name)))
+            masks[chain.conv] = channels < len(weights[name])
         if any(not mask.all() for mask in masks.values()):
             nets = slim(nets, masks, chains)
         nets.to(device).load_state_dict(weights)
         masks = {n: m.float() for n, m in saved["masks"].items()}
         apply_masks_(nets, masks)
     except (KeyError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{path} is no model.pt of this program: {error!r:.120}") from None
+        raise ValueError(f"{path} is no model.pt: {error!r:.120}") from None
     return nets.eval(), saved
 
 # ==================================================================================================
@@ -1849,13 +1849,12 @@ def role_densities(nets, masks):
 #     blocks inside each stage, in masks and weights; then it is trained once. Chen et al. 2021.
 
 def block_map(source, target, order="append"):
-    """[source block of target block 0, 1, ...] for a stage of `source` blocks.
+    """[source block of target block 0, 1, ...] for a stage of `source` blocks. Chen et al. 2021.
     Block 0 stays. The others, the units, are copied equally often, the earlier ones once more where
-    it does not come out even (later units are sparser). Copies stand as one group behind the last
-    unit that is copied ("append") or each behind its source ("interpolate"). A squeeze drops the
-    tail, or keeps the first unit of each group that an interpolated stretch would make. Chen et al.
-    2021; which units they dropped they do not say, and a stretch to over twice the units with a
-    remainder (depth 110) is our reading of their rule."""
+    it does not come out even (later units are sparser). "append": all copies stand behind the last
+    unit that is copied; "interpolate": each behind its source. A squeeze drops the tail, or keeps
+    the first unit of each group that an interpolated stretch would make. Here we read the paper our
+    way: it does not say which units a squeeze drops, nor how to stretch to depth 110."""
     if order not in ("append", "interpolate"):
         raise ValueError(f"order is append or interpolate; got {order!r}")
     if target == 1 or order == "append" and target <= source:
@@ -1900,8 +1899,10 @@ def remap_blocks(tensors, maps):
     """A dict of tensors (weights and statistics, or masks) for another depth: target block t of
     stage s is source block maps[s][t], the rest is taken one to one. Copies, without rescaling."""
     counts, places = residual_blocks(tensors)
-    fits = [m[:1] == [0] and {*m[1:]} <= {*range(1, n)} for m, n in zip(maps, counts)]
-    if len(maps) != len(counts) or not all(fits):
+    fits = len(maps) == len(counts)
+    for blocks, count in zip(maps, counts):
+        fits = fits and blocks[:1] == [0] and {*blocks[1:]} <= {*range(1, count)}
+    if not fits:
         raise ValueError(f"the maps {maps} do not fit stages of {counts} blocks")
     out = {}
     for name, tensor in tensors.items():
@@ -1921,7 +1922,7 @@ def stretch(tensors, blocks, order="append"):
     pairs = zip(counts, blocks, strict=True)
     return remap_blocks(tensors, [block_map(*pair, order) for pair in pairs])
 
-squeeze = stretch  # the same rule makes a shallower one; in one order it undoes a stretch
+squeeze = stretch  # the same rule; in the order "interpolate" it undoes a stretch
 
 def elastic_ticket(theta, masks, target, maps):
     """(theta, masks, fresh): remap_blocks of a ticket, to fit the state dict `target`.
@@ -1934,8 +1935,7 @@ def elastic_ticket(theta, masks, target, maps):
         if old == new:
             continue
         if not re.search(r"\bfc\.\w+$", name):
-            shapes = f"{tuple(old)}, not {tuple(new)}"
-            raise ValueError(f"the ticket does not fit: its {name} is {shapes}")
+            raise ValueError(f"the ticket does not fit: {name} is {tuple(old)}, not {tuple(new)}")
         fresh.append(name)
         theta[name] = value.clone()
         if name in masks:
