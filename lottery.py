@@ -1221,25 +1221,26 @@ def two_layer_tickets(rounds=8, rate=0.2, steps=500, seed=0):
     def fresh(draw):
         net = nn.Sequential(nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 192))
         for i, p in enumerate(net.parameters()):
-            nn.init.uniform_(p, -0.1, 0.1, generator=rng(seed, i, "weights", draw))
+            g = rng(seed, i, "weights", draw)
+            nn.init.uniform_(p, -0.1, 0.1, generator=g)
         return net
 
     def trained(net, masks):
-        optimizer = torch.optim.Adam(net.parameters(), 1e-3)  # fresh moments in every round
+        adam = torch.optim.Adam(net.parameters(), 1e-3)  # fresh moments in every round
         for step in range(steps):
             apply_masks_(net, masks)  # before the first forward, too
             real = x[batch_index(len(x), 64 * step, 64, seed)]
-            optimizer.zero_grad()
+            adam.zero_grad()
             F.mse_loss(net(real), real).backward()
-            optimizer.step()
+            adam.step()
         apply_masks_(net, masks)
         return F.mse_loss(net(unseen), unseen).item()
 
     net, masks = fresh(0), {}
-    start = copy.deepcopy(net.state_dict())  # a copy: state_dict() alone would train along
+    start = copy.deepcopy(net.state_dict())  # state_dict() alone would train along
     results = [(1.0, trained(net, masks), math.nan)]  # train
     for k in range(1, rounds + 1):
-        weights = {name: w.abs() for name, w in prunable_parameters(net).items()}
+        weights = {n: w.abs() for n, w in prunable_parameters(net).items()}
         masks = prune_masks(weights, (1 - rate) ** k, masks)  # prune
         net.load_state_dict(start)  # rewind
         ticket = trained(net, masks)  # retrain
@@ -1252,32 +1253,28 @@ class Round(NamedTuple):
     number: int
     masks: dict  # flat, {} in round 0
     theta: dict  # the dense state dict at the rewind step
-    results: dict  # of train_fn: {"ticket": ...}, with controls "random" and "shuffled"
+    results: dict  # of train_fn: "ticket", with controls "random", "shuffled"
 
 def iterative_magnitude_pruning(
-    make_nets, train_fn, densities, *, rewind_step=0, scope="global", prune=None, controls=False,
-    seed=0
+    make_nets, train_fn, densities, *,
+    rewind_step=0, scope="global", prune=None, controls=False, seed=0
 ):
     """Train, keep the largest weights, rewind, repeat: a generator of Rounds. Frankle & Carbin
     2019; late rewinding Frankle et al. 2020; for generative models Kalibhat et al. 2021.
-
     make_nets    (draw) -> nn.ModuleDict of fresh networks; 0: this run's start, 1, 2, ...: others
     train_fn     (name, nets, masks, start, after_step, state) -> anything; trains `nets` in place
-                 under `masks` from step `start` to its end, and calls after_step(steps done, out)
-                 after every step. If it can be interrupted it saves `state` with its checkpoint
+                 from step `start`, with after_step(steps done, out) after each step. If it can be
+                 interrupted it saves `state` with its checkpoint
     densities    share kept after each round, falling, see round_densities
     rewind_step  k: survivors go back to what they were after k steps of the dense training
     prune        the roles that are pruned (names up to the first dot); None: all
-    controls     per round, see train_controls
-
-    Rewound are all weights and buffers (batch norm statistics, spectral norm vectors), and train_fn
-    starts at k, so learning rate and data go on from k. The optimizers start fresh, an average of
-    weights at theta_k. Trained weights are ranked, not their average; controls rank nothing."""
+    Buffers are rewound too. Learning rate and data go on from k, optimizers start fresh. Trained
+    weights are ranked, not their average."""
     nets, state = make_nets(0), {}
 
     def keep_theta(step, out=None):
-        if step == rewind_step:  # cloned: state_dict() holds references, which would train along
-            state["theta"] = {n: value.clone() for n, value in nets.state_dict().items()}
+        if step == rewind_step:  # a copy: state_dict() alone would train along
+            state["theta"] = copy.deepcopy(nets.state_dict())
 
     keep_theta(0)
     dense = train_fn("dense", nets, {}, 0, keep_theta, state)  # train
@@ -1285,103 +1282,103 @@ def iterative_magnitude_pruning(
     yield Round(0, masks, theta, {"ticket": dense})
     for k, share in enumerate(densities, 1):
         weights = {}
-        for name, weight in prunable_parameters(nets).items():
+        for name, w in prunable_parameters(nets).items():
             if not prune or name.split(".")[0] in prune:
-                weights[name] = weight.detach().abs()
+                weights[name] = w.detach().abs()
         masks = prune_masks(weights, share, masks, scope, keep_best=True)  # prune
         nets.load_state_dict(theta)  # rewind
-        apply_masks_(nets, masks)  # at once: the first forward must not see the dense network
+        apply_masks_(nets, masks)  # before the first forward
         name = f"round-{k:02}"
         results = {"ticket": train_fn(name, nets, masks, rewind_step, None, {})}  # retrain
         if controls:
-            results |= train_controls(name, make_nets, train_fn, theta, masks, rewind_step, k, seed)
+            given = theta, masks, rewind_step, k, seed
+            results |= train_controls(name, make_nets, train_fn, *given)
         yield Round(k, masks, theta, results)
 
 def train_controls(name, make_nets, train_fn, theta, masks, start, draw, seed):
     """{"random": result, "shuffled": result} of the two controls of a ticket, at its density.
-    random ticket   that very mask on other initial weights: is it the weights?
-    shuffled mask   the mask permuted within layers, on the dense theta: is it the mask? (A masked
-                    theta would have zeros where the permuted mask keeps.)"""
+    random    that very mask on other initial weights: is it the weights?
+    shuffled  the mask permuted within layers, on the dense theta: is it the mask? (A masked theta
+              would have zeros where the permuted mask keeps.)"""
     nets = make_nets(draw)
     apply_masks_(nets, masks)
     random = train_fn(f"{name}-random", nets, masks, start, None, {})
-    nets, permuted = make_nets(0), shuffle_masks(masks, rng(seed, draw, "shuffle"))
+    nets = make_nets(0)
     nets.load_state_dict(theta)
-    apply_masks_(nets, permuted)
-    shuffled = train_fn(f"{name}-shuffled", nets, permuted, start, None, {})
+    masks = shuffle_masks(masks, rng(seed, draw, "shuffle"))
+    apply_masks_(nets, masks)
+    shuffled = train_fn(f"{name}-shuffled", nets, masks, start, None, {})
     return {"random": random, "shuffled": shuffled}
 
 def round_densities(rate=0.2, rounds=None, density=None):
     """[1 - rate, (1 - rate)^2, ...]: `rounds` of them, or down to `density`, the last cut to it."""
-    if density is not None:  # 1e-9: .8 ** 3 is three rounds, not four
-        rounds = math.ceil(math.log(density) / math.log(1 - rate) - 1e-9)
+    if density:  # 1e-9: .8 ** 3 is three rounds, not four
+        rounds = math.ceil(math.log(density, 1 - rate) - 1e-9)
     shares = [(1 - rate) ** k for k in range(1, rounds + 1)]
-    return shares if density is None else [*shares[:-1], density]
+    if density:
+        shares[-1:] = [density]
+    return shares
 
 def verdict(dense, ticket, random=None, higher=False):
-    """"wins", "matches" or "no" for a ticket's metric beside the dense network's and its random
-    control's; "-" without a metric.
-    matches: worse than dense by at most 5 % (accuracy, which is `higher` = better: half a point).
-    wins: matches, and better than the random ticket. The papers judge by eye."""
+    """A ticket's metric beside the dense network's and its random control's; "-" without one.
+    "matches": worse than dense by at most 5 % (accuracy, where `higher` is better: half a point).
+    "wins": matches, and better than the random ticket. Else "no". The papers judge by eye."""
     if dense is None or ticket is None:
         return "-"
     sign, slack = (1, 0.005) if higher else (-1, 0.05 * dense)
-    if sign * (ticket - dense) < -slack - 1e-9:
+    if sign * (dense - ticket) > slack + 1e-9:
         return "no"
-    return "wins" if random is not None and sign * (ticket - random) > 0 else "matches"
+    if random is not None and sign * (ticket - random) > 0:
+        return "wins"
+    return "matches"
 
 def choose_round(verdicts):
     """Place of the sparsest winning round among verdicts, else matching one, else the last."""
     rank = {"wins": 2, "matches": 1}
-    return max(range(len(verdicts)), key=lambda k: (rank.get(verdicts[k], 0), k))
+    ranks = [(rank.get(word, 0), k) for k, word in enumerate(verdicts)]
+    return max(ranks)[1]
 
 def save_ticket(path, theta, masks, settings, number, metrics):
     """A ticket file: the dense weights at the rewind step, the masks (bool), and their origin."""
-    content = {"format": 1, "settings": settings, "theta": theta, "round": number}
-    content |= {"density": density(masks), "metrics": metrics}
-    content["masks"] = {name: mask.bool() for name, mask in masks.items()}
+    content = {"format": 1, "settings": settings, "theta": theta}
+    content |= {"round": number, "density": density(masks), "metrics": metrics}
+    content["masks"] = {n: m.bool() for n, m in masks.items()}
     save_torch(path, content)
 
 def load_ticket(path, device="cpu"):
     """The dict of a ticket file, masks as float; runs no code. ValueError when it is damaged."""
     ticket = load_torch(path, device)
     try:
-        theta = ticket["theta"]
-        masks = {name: m.to(theta[name].dtype) for name, m in ticket["masks"].items()}
-        rest = {key: ticket[key] for key in ("theta", "round", "density", "metrics")}
-        return {**rest, "settings": dict(ticket["settings"]), "masks": masks}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is no ticket of this program: {error!r:.120}") from None
-
-KIN = {"G": "decoder", "decoder": "G", "D": "encoder", "encoder": "D"}  # the same trunks
+        masks = {n: m.float() for n, m in ticket["masks"].items()}
+        names = "settings theta round density metrics".split()
+        return {n: ticket[n] for n in names} | {"masks": masks}
+    except (KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no ticket: {error!r:.120}") from None
 
 def transfer_ticket(theta, masks, target, roles=None):
     """A ticket into another model: decoder <-> generator, encoder <-> discriminator. Kalibhat 2021.
-    theta, masks  the source's state dict at its rewind step, and its masks, by flat names
-    target        state dict of the freshly initialised target; it is left alone
-    roles         the target's networks that receive; None: all
-    Returns (theta, masks, received): the target's state dict and masks, and the names of what was
-    copied: tensors of the same name and shape inside the role, weight and mask, buffers too. The
-    rest is fresh and dense. ValueError when a receiving network gets no weight."""
-    new, new_masks, received = {name: v.clone() for name, v in target.items()}, {}, []
-    for role in roles or sorted({name.split(".")[0] for name in target}):
-        weights, misfit = 0, "no tensor of the ticket has the name of one in it"
-        for name, value in of_role(target, role).items():
-            own = source = f"{role}.{name}"
-            if own not in theta:
-                source = f"{KIN.get(role, role)}.{name}"
-            if source not in theta:
+    target  state dict of the freshly initialised target; it is left alone
+    roles   the target's networks that receive; None: all
+    Returns (theta, masks, received) of the target. Tensors of the same name and shape inside the
+    role are copied, buffers too, and named in `received`; the rest is fresh and dense."""
+    kin = {"G": "decoder", "decoder": "G", "D": "encoder", "encoder": "D"}
+    new = {n: v.clone() for n, v in target.items()}
+    new_masks, received = {}, []
+    for role in roles or sorted({n.split(".")[0] for n in target}):
+        source = role if of_role(theta, role) else kin.get(role)
+        given, given_masks = of_role(theta, source), of_role(masks, source)
+        weights = 0
+        for name, v in of_role(target, role).items():
+            if name not in given or given[name].shape != v.shape:
                 continue
-            if theta[source].shape != value.shape:
-                misfit = f"{source} {tuple(theta[source].shape)} is not {own} {tuple(value.shape)}"
-                continue
-            new[own] = theta[source].clone()
+            own = f"{role}.{name}"
+            new[own] = given[name].clone()
             received.append(own)
-            weights += value.dim() > 1
-            if source in masks:
-                new_masks[own] = masks[source].clone()
+            weights += v.dim() > 1
+            if name in given_masks:
+                new_masks[own] = given_masks[name].clone()
         if not weights:
-            raise ValueError(f"nothing of the ticket fits {role}: {misfit}")
+            raise ValueError(f"the ticket has no weight in the shape of one in {role}")
     if not new_masks:
         raise ValueError("the ticket prunes nothing that these networks can receive")
     return new, new_masks, received
@@ -1393,163 +1390,149 @@ def transfer_ticket(theta, masks, target, roles=None):
 
 class Chain(NamedTuple):
     """Channels that can be cut, by module names: `conv` makes them, `norm` scales them, `consumers`
-    read them.
-    Between norm and consumers each channel must go its own way and 0 must stay 0: ReLU, pooling,
-    upsampling, flatten. So a residual sum, to which other layers add, is never in a chain."""
+    read them. Between norm and consumers each channel must go its own way and 0 must stay 0: ReLU,
+    pooling, upsampling, flatten. So a residual sum, to which other layers add, is in no chain."""
     conv: str
     norm: str
     consumers: tuple
 
 def channel_chains(model):
     """The Chains of any model that holds our Encoder, Decoder, UpBlock, DownBlock or BasicBlock, or
-    torchvision's BasicBlock.
-    Not in a chain: image channels, latents, logits, mean and log-variance (nothing normalises
-    them), sums of residual blocks, and layers without batch norm (sngan's D, linear_ae)."""
+    torchvision's BasicBlock. In no chain: image channels, latents, logits, mean and log-variance,
+    sums of residual blocks, and layers without batch norm (sngan's D, linear_ae)."""
     chains = []
     for path, module in model.named_modules():
-        found, kind = [], (type(module).__module__, type(module).__name__)
+        found, kind = [], str(type(module))
         if isinstance(module, (Encoder, Decoder)):
-            convs = [f"convs.{i}" for i in range(len(module.convs))]
-            convs = ["stem", *convs] if isinstance(module, Decoder) else [*convs, "head"]
-            count = len(module.norms)
-            found = [(convs[i], f"norms.{i}", convs[i + 1]) for i in range(count)]
-        elif isinstance(module, (UpBlock, DownBlock)) and isinstance(module.norm2, nn.BatchNorm2d):
-            found = [("conv1", "norm2", "conv2")]
-        elif isinstance(module, BasicBlock) or kind == ("torchvision.models.resnet", "BasicBlock"):
+            convs = [n.removesuffix(".weight") for n, _ in prunable_modules(module)]
+            norms = [f"norms.{i}" for i in range(len(module.norms))]
+            found = zip(convs, norms, convs[1:])
+        elif isinstance(module, (UpBlock, DownBlock)):
+            if isinstance(module.norm2, nn.BatchNorm2d):
+                found = [("conv1", "norm2", "conv2")]
+        elif isinstance(module, BasicBlock) or "torchvision.models.resnet.Basic" in kind:
             found = [("conv1", "bn1", "conv2")]
         for names in found:
-            conv, norm, consumer = (f"{path}.{name}".lstrip(".") for name in names)
+            conv, norm, consumer = (f"{path}.{n}".lstrip(".") for n in names)
             chains.append(Chain(conv, norm, (consumer,)))
     return chains
 
 def gammas_of(model, chains):
     """{chain's conv: |scale of its batch norm|, (C,)}"""
-    norms = {chain.conv: model.get_submodule(chain.norm) for chain in chains}
-    return {name: norm.weight.detach().abs() for name, norm in norms.items()}
+    norms = {c.conv: model.get_submodule(c.norm) for c in chains}
+    return {conv: norm.weight.detach().abs() for conv, norm in norms.items()}
 
-def channel_masks(model, fraction, chains):
-    """{chain's conv: bool (C,), True = keep}: the round(fraction x all channels) of largest
-    |scale|, one pool over all chains.
-    The best channel of every layer stays: an empty one would cut the network in two. Public code
-    keeps what is strictly above a threshold: at the start, when all scales are equal, nothing."""
+def channel_masks(model, fraction, chains, scope="global"):
+    """{chain's conv: bool (C,), True = keep}: the round(fraction x channels) of largest |scale|.
+    scope  pool of channels: "global" (published), "network", "layer". One pool mixes layers whose
+           scales differ: of a VAE's last layers nearly nothing is left
+    The best channel of every layer stays, or the network is cut in two. Public code keeps what is
+    strictly above a threshold: at the start, when all scales are equal, nothing."""
     if not chains:
         raise ValueError("no batch norm between two convolutions, so no scale ranks the channels")
     gammas = gammas_of(model, chains)
-    least = len(gammas) / sum(map(len, gammas.values()))
-    masks = prune_masks(gammas, max(fraction, least), keep_best=True)
-    return {name: mask.bool() for name, mask in masks.items()}
+    if scope == "global":
+        least = len(gammas) / sum(map(len, gammas.values()))
+        fraction = max(fraction, least)
+    masks = prune_masks(gammas, fraction, scope=scope, keep_best=True)
+    return {conv: mask.bool() for conv, mask in masks.items()}
 
 def mask_distance(a, b):
     """Share of channels in which two channel masks differ, 0..1. Two random masks that keep a share
     p differ in 2 p (1 - p): near p = 0 or 1 a small distance says nothing."""
-    return sum(int((a[name] != b[name]).sum()) for name in a) / sum(map(len, a.values()))
+    differ = sum(int((a[conv] != b[conv]).sum()) for conv in a)
+    return differ / sum(map(len, a.values()))
 
 def early_bird(masks, look_back=5, limit=0.1):
-    """(found, distances of the newest mask to those before it). masks: one per epoch, the oldest
-    first; found when the newest differs from each of the `look_back` - 1 before it in at most
-    `limit` of the channels. You et al. 2020's code; initial scales say nothing and do not count."""
-    distances = [mask_distance(masks[-1], mask) for mask in masks[-look_back:-1]]
-    return len(distances) == look_back - 1 and max(distances) <= limit, distances
+    """(found, distances of the newest of `masks`, one per epoch, to those before it). Found when it
+    differs from each of the last look_back - 1 in at most `limit` of the channels. You et al.'s
+    code; masks of initial scales say nothing and do not count."""
+    distances = [mask_distance(masks[-1], m) for m in masks[-look_back:-1]]
+    found = len(distances) == look_back - 1 and max(distances) <= limit
+    return found, distances
 
 def watch_channels(nets, chains, fraction, scope, epoch, steps, state):
-    """The after_step of a training that looks for an early bird: after every epoch of `epoch` steps
-    it draws the channel masks into state["channels"], the newest last, and ends the training when
-    they have come to rest, or after half of `steps`. state["log"] shows the largest distance.
-    scope  pool of channels: "global" (published), "network", "layer". One pool mixes layers whose
-           scales differ: of a VAE's last layers nearly nothing is left, of wgan's D nothing"""
-    pools = {}
-    for chain in chains:
-        pool = {"global": "", "network": chain.conv.split(".")[0], "layer": chain.conv}[scope]
-        pools.setdefault(pool, []).append(chain)
-
+    """The after_step of a training that looks for an early bird. After every `epoch` steps it draws
+    channel masks into state["channels"], the newest last; it ends the training when they have come
+    to rest, or after half of `steps`. state["log"] shows the largest distance."""
     def scales():
         return torch.cat(list(gammas_of(nets, chains).values()))
-
-    def draw():
-        masks = {}
-        for pool in pools.values():
-            masks |= channel_masks(nets, fraction, pool)
-        return masks
 
     start = scales()
     state.setdefault("channels", [])
 
     def after_step(step, out):
-        moved = (scales() - start).norm() >= 0.01 * start.norm()  # before that they rank nothing
-        if step % epoch == 0 and moved:
-            state["channels"] = [*state["channels"], draw()][-5:]
+        late = 2 * step >= steps
+        moved = (scales() - start).norm() >= 0.01 * start.norm()
+        due = step % epoch == 0 and moved  # unmoved scales rank nothing
+        if due or late and not state["channels"]:
+            masks = channel_masks(nets, fraction, chains, scope)
+            state["channels"] = [*state["channels"], masks][-5:]
+        if due:
             state["found"], distances = early_bird(state["channels"])
             log = {"mask_distance": max(distances, default=1.0)}
             state["log"] = state.get("log", {}) | log
-        if 2 * step >= steps and not state["channels"]:
-            state["channels"] = [draw()]
-        return state.get("found", False) or 2 * step >= steps
+        return late or state.get("found", False)
 
     return after_step
 
-def channel_slices(model, masks, chains):
-    """{name of parameter or buffer: [(dimension, indices that stay), ...]} of cutting what channel
-    `masks` drop. ValueError for a chain that cannot be cut: groups, parametrised or shared weights,
-    norms that are no batch norm (one that mixes channels gives other numbers)."""
-    parameters = model.named_parameters(remove_duplicate=False)
-    slices, owners = {}, collections.Counter(id(parameter) for _, parameter in parameters)
+def check_chains(model, chains):
+    """ValueError for what `slim` would cut wrongly: layers with groups, a parametrised or a shared
+    weight, and norms that mix channels."""
+    named = model.named_parameters(remove_duplicate=False)
+    owners = collections.Counter(id(p) for _, p in named)
     for chain in chains:
-        conv, norm = model.get_submodule(chain.conv), model.get_submodule(chain.norm)
-        keep = masks[chain.conv]
-        index, count = keep.nonzero().flatten(), len(keep)
         for name in (chain.conv, *chain.consumers):
             layer = model.get_submodule(name)
-            plain = isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
-            plain = plain and "weight" in layer._parameters and getattr(layer, "groups", 1) == 1
-            if not plain or owners[id(layer.weight)] > 1:
-                why = "a plain convolution or linear layer without groups or a shared weight"
-                raise ValueError(f"{name} cannot be cut, it is not {why}; leave its chain out")
-        out = int(isinstance(conv, nn.ConvTranspose2d))  # its weight is (in, out, kh, kw)
-        batch_norm = isinstance(norm, nn.modules.batchnorm._BatchNorm)
-        if not batch_norm or not norm.num_features == conv.weight.shape[out] == count:
-            raise ValueError(f"{chain.norm} is no batch norm of {chain.conv}'s {count} channels")
-        slices.setdefault(f"{chain.conv}.weight", []).append((out, index))
-        if conv.bias is not None:
-            slices[f"{chain.conv}.bias"] = [(0, index)]
-        for name, value in norm.state_dict().items():
-            if value.dim():
-                slices[f"{chain.norm}.{name}"] = [(0, index)]
-        for name in chain.consumers:
-            layer = model.get_submodule(name)
-            dim = 0 if isinstance(layer, nn.ConvTranspose2d) else 1
-            places = layer.weight.shape[dim] // count  # behind a flatten: H x W columns a channel
-            if places * count != layer.weight.shape[dim]:
-                raise ValueError(f"{name} does not read the {count} channels of {chain.conv}")
-            columns = index[:, None] * places + torch.arange(places, device=index.device)
-            slices.setdefault(f"{name}.weight", []).append((dim, columns.flatten()))
-    return slices
+            known = isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
+            plain = known and owners[id(layer.weight)] == 1
+            if not plain or getattr(layer, "groups", 1) > 1:
+                raise ValueError(f"{name} cannot be cut: no plain layer, or a shared weight")
+        norm = model.get_submodule(chain.norm)
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(f"{chain.norm} is no batch norm")
+
+def cut_(layer, name, dim, keep):
+    """Leave the entries `keep` (bool) of one dimension of a layer's parameter or buffer."""
+    old = getattr(layer, name)
+    index = keep.nonzero().flatten().to(old.device)
+    new = old.detach().index_select(dim, index)
+    if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last):
+        new = new.contiguous(memory_format=torch.channels_last)
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, old.requires_grad)
+    setattr(layer, name, new)
+    if name == "weight":  # the widths that a layer says it has
+        kinds = {nn.Linear: ("out_features", "in_features")}
+        kinds[nn.Conv2d] = "out_channels", "in_channels"
+        kinds[nn.ConvTranspose2d] = "in_channels", "out_channels"
+        names = kinds.get(type(layer), ["num_features"])
+        vars(layer).update(zip(names, new.shape))
 
 def slim(model, masks, chains):
     """A copy of `model` that has only the channels that `masks` keep: narrower layers, same names.
     masks   {chain's conv: bool (C,)} of channel_masks; chains of channel_chains, or by hand
-    Weights, scales, shifts and statistics are copied. A channel that is cut counts as scale = shift
-    = 0, so nothing of it is left behind. That is why scale alone will not do (public code): a
-    channel of scale 0 still emits its shift, and no bias of the next layer can stand in for a
-    constant whose padding is 0."""
+    A channel that is cut counts as scale = shift = 0, so nothing of it is left behind. That is why
+    scale alone will not do (public code): a channel of scale 0 still emits its shift, and no bias
+    of the next layer can stand in for a constant whose padding is 0."""
+    check_chains(model, chains)
     small = copy.deepcopy(model)
-    for name, cuts in channel_slices(model, masks, chains).items():
-        path, _, leaf = name.rpartition(".")
-        module = small.get_submodule(path)
-        old = getattr(module, leaf)
-        new = old.detach()
-        for dim, index in cuts:
-            new = new.index_select(dim, index.to(new.device))
-        if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last):
-            new = new.contiguous(memory_format=torch.channels_last)
-        if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, old.requires_grad)
-        setattr(module, leaf, new)
-        if leaf == "weight":  # the widths that a layer says it has
-            kinds = {nn.Linear: ("out_features", "in_features")}
-            kinds[nn.Conv2d] = "out_channels", "in_channels"
-            kinds[nn.ConvTranspose2d] = "in_channels", "out_channels"
-            names = kinds.get(type(module), ["num_features"])
-            vars(module).update(zip(names, new.shape))
+    for chain in chains:
+        keep = masks[chain.conv]
+        conv = small.get_submodule(chain.conv)
+        turned = isinstance(conv, nn.ConvTranspose2d)  # its weight is (in, out, kh, kw)
+        cut_(conv, "weight", int(turned), keep)
+        if conv.bias is not None:
+            cut_(conv, "bias", 0, keep)
+        norm = small.get_submodule(chain.norm)
+        for name, value in norm.state_dict().items():
+            if value.dim():
+                cut_(norm, name, 0, keep)
+        for name in chain.consumers:
+            layer = small.get_submodule(name)
+            dim = 0 if isinstance(layer, nn.ConvTranspose2d) else 1
+            places = layer.weight.shape[dim] // len(keep)  # behind a flatten: H x W
+            cut_(layer, "weight", dim, keep.repeat_interleave(places))
     return small
 
 def load_model(path, device="cpu"):
@@ -1562,15 +1545,16 @@ def load_model(path, device="cpu"):
         nets = build(s["model"], *size, classes=s["classes"])
         masks, chains = {}, channel_chains(nets)
         for chain in chains:  # of an early bird: as many channels as the file has
-            channels = torch.arange(len(nets.get_submodule(chain.norm).weight))
-            masks[chain.conv] = channels < len(weights[f"{chain.norm}.weight"])
-        if not all(mask.all() for mask in masks.values()):
+            name = f"{chain.norm}.weight"
+            channels = torch.arange(len(nets.get_parameter(name)))
+            masks[chain.conv] = channels < len(weights[name])
+        if any(not mask.all() for mask in masks.values()):
             nets = slim(nets, masks, chains)
-        nets = nets.to(device)
-        nets.load_state_dict(weights)
-        apply_masks_(nets, {name: mask.float() for name, mask in saved["masks"].items()})
-    except (KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is no model.pt of this program: {error!r:.120}") from None
+        nets.to(device).load_state_dict(weights)
+        masks = {n: m.float() for n, m in saved["masks"].items()}
+        apply_masks_(nets, masks)
+    except (KeyError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"{path} is no model.pt: {error!r:.120}") from None
     return nets.eval(), saved
 
 # ==================================================================================================
@@ -1884,78 +1868,61 @@ def role_densities(nets, masks):
 #     blocks inside each stage, in masks and weights; then it is trained once. Chen et al. 2021.
 
 def block_map(source, target, order="append"):
-    """[source block of target block 0, 1, ...] for a stage of `source` blocks that shall have
-    `target`.
-    Block 0 is kept one to one in every stage, whether it downsamples or not. The others, the units,
-    are copied or dropped: as many different ones as there are, each as few times as possible, and
-    the earlier ones once more where it does not come out even (later units are sparser). Copies
-    stand as one group behind the last unit that is copied ("append") or each behind its source
-    ("interpolate"). A squeeze drops the tail, or keeps the first unit of each group that an
-    interpolated stretch would make. Chen et al. 2021; which units they dropped they do not say, and
-    a stretch to over twice the units with a remainder (depth 110) is our reading of their rule."""
+    """[source block of target block 0, 1, ...] for a stage of `source` blocks. Chen et al. 2021.
+    Block 0 stays. The others, the units, are copied equally often, the earlier ones once more where
+    it does not come out even (later units are sparser). "append": all copies stand behind the last
+    unit that is copied; "interpolate": each behind its source. A squeeze drops the tail, or keeps
+    the first unit of each group that an interpolated stretch would make. Here we read the paper our
+    way: it does not say which units a squeeze drops, nor how to stretch to depth 110."""
     if order not in ("append", "interpolate"):
         raise ValueError(f"order is append or interpolate; got {order!r}")
-    if source < 1 or target < 1 or source == 1 < target:
-        raise ValueError(f"a stage of {source} blocks has no unit to make {target} blocks of")
-    units, wanted = source - 1, target - 1
-    if wanted < units:
-        if order == "append" or not wanted:
-            return list(range(target))
+    if target == 1 or order == "append" and target <= source:
+        return list(range(target))
+    if target < source:
         groups = block_map(target, source, order)
         return [groups.index(block) for block in range(target)]
-    times, more = divmod(wanted, max(1, units))  # every unit `times` times, `more` once more
-    if order == "append":
-        copies = [*range(1, source)] * (times - 1) + [*range(1, more + 1)]
-        last = max(copies, default=0)
-        return [0, *range(1, last + 1), *copies, *range(last + 1, source)]
-    blocks = [0]
-    for unit in range(1, source):
-        blocks += [unit] * (times + (unit <= more))
-    return blocks
+    units = range(1, source)
+    times, more = divmod(target - 1, len(units))  # `more` units once more
+    copies = [*units] * (times - 1) + [*units[:more]]
+    if order == "interpolate":
+        return sorted([0, *units, *copies])
+    last = max(copies)
+    return [0, *units[:last], *copies, *units[last:]]
 
 def residual_blocks(names):
     """([blocks per stage], {name: (stage, block, before, after)}) of a ResNet of basic blocks, from
     the names of its tensors: "net.blocks.4.conv1.weight" (CIFAR, blocks counted through three equal
-    stages) or "layer2.1.downsample.0.weight" (torchvision, counted in each stage), whatever stands
-    in front. A name is before + number of its block + after; names in no block (stem, head) are
-    left out of the dict. ValueError for anything but stages of basic blocks."""
-    inside = r"((?:.*\.)?(?:blocks|layer(\d))\.)(\d+)(\..*)"
-    basic = r"\.(?:(?:conv|bn)[12]\.\w+|(?:shortcut|downsample)\.[01]\.\w+)"
+    stages) or "layer2.1.downsample.0.weight" (torchvision, counted in each stage).
+    A name is before + number of its block + after; those of stem and head are left out."""
+    inside = r"(.*\b(?:blocks|layer(\d))\.)(\d+)(\..*)"
     found = {name: re.fullmatch(inside, name) for name in names}
-    matches = {name: match for name, match in found.items() if match}
-    for name, match in matches.items():
-        if not re.fullmatch(basic, match[4]):
-            raise ValueError(f"{name} is in no basic residual block; no other can be stretched")
-    through = {int(match[3]) for match in matches.values() if match[2] is None}
-    places, stages, prefixes = {}, {}, set()
-    for name, match in matches.items():
-        block, before, after = int(match[3]), match[1], match[4]
-        if match[2]:
-            stage = int(match[2]) - 1
-        else:
-            stage, block = divmod(block, max(1, len(through) // 3))
+    found = {name: m.groups() for name, m in found.items() if m}
+    cifar = {block for _, stage, block, _ in found.values() if not stage}
+    if not found or len(cifar) % 3:
+        raise ValueError("these are not the tensors of a ResNet of basic blocks in equal stages")
+    places, stages = {}, collections.defaultdict(set)
+    for name, (before, stage, block, after) in found.items():
+        stage, block = int(stage or 1) - 1, int(block)
+        if cifar:
+            stage, block = divmod(block, len(cifar) // 3)
+        known = ["conv1", "bn1", "conv2", "bn2"]
+        if block == 0:  # elsewhere it shows that CIFAR's stages are of unequal length
+            known += ["shortcut", "downsample"]
+        if after.split(".")[1] not in known:
+            raise ValueError(f"{name} is not of a ResNet of basic blocks in equal stages")
         places[name] = stage, block, before, after
-        stages.setdefault(stage, {}).setdefault(block, set()).add(after)
-        prefixes.add(re.sub(r"layer\d\.$", "", before))
-    sound = sorted(stages) == list(range(3 if through else len(stages))) and len(prefixes) == 1
-    for blocks in stages.values():  # no gap in the numbers, units all alike
-        units = [blocks[number] for number in sorted(blocks) if number]
-        sound = sound and sorted(blocks) == list(range(len(blocks)))
-        sound = sound and all(unit == units[0] for unit in units)
-        # A shortcut in a unit shows that CIFAR's stages are of unequal length.
-        sound = sound and not any(re.match(r"\.[sd]", after) for unit in units for after in unit)
-    if not sound:
-        raise ValueError("these are not the tensors of one ResNet with stages of basic blocks")
+        stages[stage].add(block)
     return [len(stages[stage]) for stage in sorted(stages)], places
 
 def remap_blocks(tensors, maps):
-    """A dict of tensors (weights and statistics, or masks) with the blocks of each stage as `maps`
-    say: target block t of stage s is source block maps[s][t]. What is in no block is taken one to
-    one. All are copies, without rescaling."""
+    """A dict of tensors (weights and statistics, or masks) for another depth: target block t of
+    stage s is source block maps[s][t], the rest is taken one to one. Copies, without rescaling."""
     counts, places = residual_blocks(tensors)
-    for blocks, count in itertools.zip_longest(maps, counts, fillvalue=[]):
-        if blocks[:1] != [0] or not count or not all(0 < b < count for b in blocks[1:]):
-            raise ValueError(f"the maps {maps} do not fit stages of {counts} blocks")
+    fits = len(maps) == len(counts)
+    for blocks, count in zip(maps, counts):
+        fits = fits and blocks[:1] == [0] and {*blocks[1:]} <= {*range(1, count)}
+    if not fits:
+        raise ValueError(f"the maps {maps} do not fit stages of {counts} blocks")
     out = {}
     for name, tensor in tensors.items():
         if name not in places:
@@ -1963,38 +1930,35 @@ def remap_blocks(tensors, maps):
             continue
         stage, block, before, after = places[name]
         first = sum(map(len, maps[:stage])) if before.endswith("blocks.") else 0  # CIFAR's
-        for target, source in enumerate(maps[stage]):
+        for target, source in enumerate(maps[stage], first):
             if source == block:
-                out[f"{before}{first + target}{after}"] = tensor.clone()
+                out[f"{before}{target}{after}"] = tensor.clone()
     return out
 
 def stretch(tensors, blocks, order="append"):
     """A ticket for a deeper ResNet: of its weights or masks, for [blocks per stage]."""
     counts, _ = residual_blocks(tensors)
-    if len(blocks) != len(counts):
-        raise ValueError(f"stages of {counts} blocks cannot become stages of {blocks}")
-    return remap_blocks(tensors, [block_map(*pair, order) for pair in zip(counts, blocks)])
+    pairs = zip(counts, blocks, strict=True)
+    return remap_blocks(tensors, [block_map(*pair, order) for pair in pairs])
 
-squeeze = stretch  # the same rule makes a shallower one; in one order it undoes a stretch
+squeeze = stretch  # the same rule; in the order "interpolate" it undoes a stretch
 
 def elastic_ticket(theta, masks, target, maps):
-    """(theta, masks, fresh) of a ticket for a ResNet of another depth: remap_blocks of both, to fit
-    the state dict `target`.
-    A last layer for another number of classes cannot be copied: it is the target's own, dense, and
-    named in `fresh`. Batch norm's statistics are those of another depth, so what the ticket does
-    before it is trained says little. ValueError, naming the tensor, if anything else differs."""
+    """(theta, masks, fresh): remap_blocks of a ticket, to fit the state dict `target`.
+    A last layer for another number of classes is the target's own, dense, and named in `fresh`.
+    Before it is trained it says little: batch norm's statistics are those of another depth."""
     theta, masks = remap_blocks(theta, maps), remap_blocks(masks, maps)
     fresh = []
-    for name in [*target, *theta]:
-        pair = [tuple(part[name].shape) if name in part else "none" for part in (theta, target)]
-        if pair[0] == pair[1]:
+    for name, value in target.items():
+        old, new = theta.get(name, value).shape, value.shape
+        if old == new:
             continue
-        if "none" in pair or not re.search(r"\bfc\.\w+$", name):
-            raise ValueError(f"the ticket does not fit: its {name} is {pair[0]}, not {pair[1]}")
+        if not re.search(r"\bfc\.\w+$", name):
+            raise ValueError(f"the ticket does not fit: {name} is {tuple(old)}, not {tuple(new)}")
         fresh.append(name)
-        theta[name] = target[name].clone()
+        theta[name] = value.clone()
         if name in masks:
-            masks[name] = torch.ones_like(target[name])
+            masks[name] = torch.ones_like(value)
     return theta, masks, fresh
 
 # ==================================================================================================
