@@ -2687,7 +2687,7 @@ def start_masks(s, nets):
     if s.method in SCORED:
         pruned_by(s, nets, lambda prefix, net: score_magnitude(net))
     if s.method == "earlybird":
-        channel_masks(nets, s.channels_kept, channel_chains(nets))
+        channel_masks(nets, s.channels_kept, channel_chains(nets), s.scope)
     return {}
 
 def run_sparse(run):
