@@ -1581,9 +1581,9 @@ def two_layer_ddst(steps=1500, every=20, low=0.45, high=0.55, seed=0):
         adam[role] = torch.optim.Adam(net.parameters(), 2e-3, (0.0, 0.9))
 
     def move(role, drop, grow):
-        own = {name: m for name, m in masks.items() if name.startswith(role)}
         chance = rng(seed, step, f"grow {role}")
-        update_masks_(nets, role, adam[role], own, drop, grow, "gradient", chance)
+        given = adam[role], masks, drop, grow, "gradient", chance
+        update_masks_(nets, role, *given)
 
     for step in range(1, steps + 1):
         real = x[batch_index(len(x), 64 * step, 64, seed)]
@@ -1605,19 +1605,16 @@ def drop_and_grow_(
     weights, masks, gradients, drop, grow, how="gradient", generator=None, output_dim=None
 ):
     """Prune the `drop` smallest kept weights, then keep `grow` more, in one pool; in place.
-
     weights, masks, gradients   {name: tensor}; stored weights are masked, gradients are dense
     how           "gradient": grow where |gradient| is largest (RigL, Evci et al. 2020);
                   "random": anywhere (SET, Mocanu et al. 2018), drawn from `generator`
     output_dim    {name: dimension of the output units}, 0 if not given (transposed: 1)
-
-    What was just dropped may grow back; it then keeps its value and is no new weight. New weights
-    start at 0. In every output row the largest kept weight is never dropped: a pool over layers of
-    different scale can empty a layer, and spectral norm of an empty layer is 0/0. Gradients that
-    are exactly 0 say nothing (a hinge D beyond its margins has no other), so where they run out the
-    dropped weights come back first and the rest is random; a threshold "|g| >= 0" would keep all.
-    Returns ({name: bool, newly grown}, number dropped, number grown): fewer of both when nothing
-    more may be dropped, fewer grown when nothing is left to grow. Counts are exact."""
+    New weights start at 0; what was just dropped may grow back, and keeps its value. The largest
+    kept weight of an output row always stays: one pool can empty a layer, and spectral norm of an
+    empty layer is 0/0. Gradients that are exactly 0 say nothing (a hinge D beyond its margins has
+    no other): where they run out the dropped come back first, the rest is random.
+    Returns ({name: bool, newly grown}, number dropped, number grown), exact: fewer where nothing
+    more may be dropped, or is left to grow."""
     def flat(tensors):
         return torch.cat([tensors[name].detach().flatten() for name in masks])
 
@@ -1658,9 +1655,8 @@ def row_largest(weight, mask, dim=0):
 
 def seed_optimizer_state_(optimizer, weights, grown, gradients):
     """Optimizer state at newly grown weights: first moment and momentum 0, second moment g^2.
-    Second moments seeded with 0 would be a trap: Adam divides by their root, and its correction for
-    the start is long past, so a first step could be lr / sqrt(1 - beta2), 31 times too long.
-    Wang et al.'s code leaves both moments as the dense gradients of a dead weight made them."""
+    A second moment of 0 is a trap: Adam's correction for the start is long past, so a first step
+    could be lr / sqrt(1 - beta2), 31 times too long. Wang et al.'s code leaves both as they are."""
     for name, new in grown.items():
         square = gradients[name] ** 2
         starts = {"exp_avg": 0.0, "momentum_buffer": 0.0}
@@ -1670,16 +1666,17 @@ def seed_optimizer_state_(optimizer, weights, grown, gradients):
                 value.copy_(torch.where(new, starts[key], value))
 
 def update_masks_(nets, role, optimizer, masks, drop, grow, how, generator):
-    """drop_and_grow_ on some masks of one network, by the gradients of the step just done, and the
-    optimizer's state with it. Returns whether a dense gradient was read, for the MACs."""
+    """drop_and_grow_ on those of `masks` that are of one network, by the gradients of the step just
+    done, and its optimizer's state. Returns whether a dense gradient was read, for the MACs."""
     weights, dims = {}, {}
     for short, module in prunable_modules(nets[role]):
         name = f"{role}.{short}"
         if name in masks:
             weights[name] = nets.get_parameter(name)
             dims[name] = int(isinstance(module, nn.ConvTranspose2d))  # (in, out, kh, kw)
-    gradients = {name: weight.grad for name, weight in weights.items()}
-    given = weights, masks, gradients, drop, grow, how, generator, dims
+    own = {name: masks[name] for name in weights}
+    gradients = {name: w.grad for name, w in weights.items()}
+    given = weights, own, gradients, drop, grow, how, generator, dims
     grown, _, grow = drop_and_grow_(*given)
     seed_optimizer_state_(optimizer, weights, grown, gradients)
     return bool(grow) and how == "gradient"
@@ -1701,9 +1698,9 @@ def balance_ratio(d_real, d_fake_before, d_fake_after):
 def smoothed_ratio(window):
     """Balance ratio over a list of (gain, gap, spread): (sum of gains) / (sum of gaps). NaN for [].
     Paper: the mean of the ratios. Here: the ratio of the sums, because single gaps near 0 carry
-    that mean (3.94 where the median is .30, in one window). Measurements without a lead of D are
-    left out; when they are the larger part, D is blind, G is far ahead, and the answer is +inf.
-    Waiting for good ones, as a guard alone would, stalls in a collapse that DDST shall prevent."""
+    that mean (3.94 where the median was .30). Measurements without a lead of D are left out; when
+    they are the larger part, G is far ahead, and the answer is +inf: to wait for good ones would
+    stall in the very collapse that DDST shall prevent."""
     good = [m for m in window if m[1] > 1e-3 * m[2] and math.isfinite(m[0])]
     if not window:
         return math.nan
@@ -1715,9 +1712,8 @@ def smoothed_ratio(window):
 def measure_balance(G, D, real, z, fake, amp=False):
     """(gain, gap, spread) of the iteration just done, floats: how far the step of G moved its
     images up in D's eyes, how far real ones are ahead, and the logits' standard deviation.
-    real, z, fake  of gan_step: the last real batch, G's latents, its images before its step
-    Batch norm takes the statistics of the batch, as in a training step (with running ones a gain of
-    G would be an artefact); spectral norm does not iterate, so D is the same in all three looks."""
+    real, z, fake  of gan_step. Batch norm takes the statistics of the batch, as in training (with
+    running ones a gain would be an artefact); spectral norm rests: D is the same in all looks."""
     with untouched(G, D):
         G.train()
         D.train()
@@ -1727,9 +1723,10 @@ def measure_balance(G, D, real, z, fake, amp=False):
         with torch.autocast(real.device.type, torch.bfloat16, enabled=amp):
             after = G(z).to(z.dtype)
         d_real, d_before, d_after = D(real), D(fake), D(after)
-    spread = torch.cat([d_real.flatten(), d_before.flatten()]).std()
     before = d_before.mean()
-    return float(d_after.mean() - before), float(d_real.mean() - before), float(spread)
+    gain, gap = d_after.mean() - before, d_real.mean() - before
+    spread = torch.cat([d_real.flatten(), d_before.flatten()]).std()
+    return float(gain), float(gap), float(spread)
 
 def controller(ratio, count, low, high, change, floor, cap, total):
     """DDST's decision for D: (action, weights D shall keep), all in whole weights.
@@ -1750,8 +1747,9 @@ def controller(ratio, count, low, high, change, floor, cap, total):
 def control_counts(masks, max_density, change=0.05, floor=0.05):
     """dict(change, floor, cap, total) for `controller` of D's masks; no floor above the start."""
     total = sum(m.numel() for m in masks.values())
-    floor, cap = min(round(floor * total), kept(masks)), round(max_density * total)
-    return dict(change=round(change * total), floor=floor, cap=cap, total=total)
+    floor = min(round(floor * total), kept(masks))
+    cap, change = round(max_density * total), round(change * total)
+    return dict(change=change, floor=floor, cap=cap, total=total)
 
 def gan_schedule(steps, update_every=None, strict=False):
     """(steps between updates of G's mask, between decisions on D, window of the balance ratio,
@@ -1780,37 +1778,40 @@ def dynamic_gan(
     nets, optimizers  {"G", "D"}; masks flat, "G.stem.weight", moved in place; state remembers
     ratio_every       steps between measurements; window_steps: what the smoothed ratio covers
     update_every      steps between updates of G's mask (SDST); 0: it stays (dense, static)
-    control           None, or DDST's dict(every, first, low, high, change, floor, cap, total): when
-                      D may change, the band of the ratio, and counts of weights
-    The gradients are those of the step just done. Paper and authors' code do the same; RigL
-    replaces the step by the update, which would let G miss a step against D."""
+    control           None, or DDST's dict(every, first, limits): steps between decisions on D, the
+                      first step that may have one, and what `controller` shall know
+    The gradients are those of the step just done, as in the authors' code, which these moves equal
+    on the same tensors. RigL replaces a step by the update: G would miss one against D."""
     state.setdefault("window", [])
     state.setdefault("history", [[start, counts_of(masks), []]])
     state.setdefault("log", role_densities(nets, masks))
 
     def move(role, drop, grow, step):
-        part = {name: mask for name, mask in masks.items() if name.startswith(f"{role}.")}
-        generator = rng(seed, step, f"grow {role}")
-        return update_masks_(nets, role, optimizers[role], part, drop, grow, how, generator)
+        chance = rng(seed, step, f"grow {role}")
+        given = optimizers[role], masks, drop, grow, how, chance
+        return update_masks_(nets, role, *given)
 
     def move_D(share, step):
         now = kept(of_role(masks, "D"))
-        band = {key: control[key] for key in ("low", "high", "change", "floor", "cap", "total")}
-        action, then = controller(smoothed_ratio(state["window"]), now, **band)
-        exchange = int(share * now) if action == "explore" else 0
+        ratio = smoothed_ratio(state["window"])
+        action, wanted = controller(ratio, now, **control["limits"])
         if action == "hold":
             return False
-        return move("D", exchange + max(0, now - then), exchange + max(0, then - now), step)
+        exchange = int(share * now) if action == "explore" else 0
+        drop, grow = max(0, now - wanted), max(0, wanted - now)
+        return move("D", exchange + drop, exchange + grow, step)
 
     def after_step(step, out):
         if step % ratio_every == 0:
             images = out["real"], out["z"], out["fake"]
             now = measure_balance(nets["G"], nets["D"], *images, amp)
             length = max(1, window_steps // ratio_every)
-            state["window"] = [*state["window"], now][-length:]
-            state["log"] = state["log"] | {"balance_ratio": smoothed_ratio(state["window"])}
-        due_G = update_every and step % update_every == 0 and step < steps
-        due_D = control and step % control["every"] == 0 and control["first"] <= step < steps
+            window = state["window"] = [*state["window"], now][-length:]
+            state["log"] = state["log"] | {"balance_ratio": smoothed_ratio(window)}
+        due_G = update_every and step % update_every == 0
+        due_D = control and step % control["every"] == 0 and step >= control["first"]
+        if step == steps or not (due_G or due_D):
+            return
         share, read_dense_gradient = drop_share(step, steps), []
         if due_G:
             exchange = int(share * kept(of_role(masks, "G")))
@@ -1818,9 +1819,8 @@ def dynamic_gan(
                 read_dense_gradient.append("G")
         if due_D and move_D(share, step):
             read_dense_gradient.append("D")
-        if due_G or due_D:
-            state["history"].append([step, counts_of(masks), read_dense_gradient])
-            state["log"] = state["log"] | role_densities(nets, masks)
+        state["history"].append([step, counts_of(masks), read_dense_gradient])
+        state["log"] = state["log"] | role_densities(nets, masks)
 
     return after_step
 
@@ -1829,11 +1829,8 @@ def dynamic_layers(
 ):
     """The after_step of RigL (how="gradient", Evci et al. 2020) and SET ("random", Mocanu et al.
     2018), for anything but a GAN: every `update_every` steps each layer exchanges a share of its
-    own kept weights, .3 at first and by a cosine 0 at 75 % of the steps, after which masks stay.
-    Counts per layer never change.
-    Arguments see dynamic_gan. The update follows the optimizer's step and reads its gradient;
-    RigL's code puts it in the place of a step. Wang et al.'s one pool moves weights between layers;
-    a pool per layer keeps the ERK densities that RigL starts with."""
+    own kept weights, .3 at first and by a cosine 0 at 75 % of the steps; then masks stay.
+    Arguments see dynamic_gan. A pool per layer keeps the ERK densities that RigL starts with."""
     end = 0.75 * steps
     state.setdefault("history", [[start, counts_of(masks), []]])
     state.setdefault("log", role_densities(nets, masks))
@@ -1843,12 +1840,12 @@ def dynamic_layers(
             return
         read_dense_gradient = set()
         for name, mask in masks.items():
-            count, role = kept({name: mask}), name.split(".")[0]
-            if count == mask.numel():  # a dense layer has nothing to exchange
+            one, role = {name: mask}, name.split(".")[0]
+            if density(one) == 1:  # nothing to exchange
                 continue
-            n = int(drop_share(step, end, 0.3, 0.0) * count)
-            one, generator = {name: mask}, rng(seed, step, f"grow {name}")
-            if update_masks_(nets, role, optimizers[role], one, n, n, how, generator):
+            n = int(drop_share(step, end, 0.3, 0.0) * kept(one))
+            given = optimizers[role], one, n, n, how, rng(seed, step, f"grow {name}")
+            if update_masks_(nets, role, *given):
                 read_dense_gradient.add(role)
         state["history"].append([step, counts_of(masks), sorted(read_dense_gradient)])
 
@@ -1859,7 +1856,8 @@ def role_densities(nets, masks):
     shares = {}
     for role, net in nets.items():
         total = sum(w.numel() for w in prunable_parameters(net).values())
-        pruned = sum(int((mask == 0).sum()) for mask in of_role(masks, role).values())
+        own = of_role(masks, role)
+        pruned = sum(m.numel() for m in own.values()) - kept(own)
         shares[f"density_{role}"] = (total - pruned) / total
     return shares
 
@@ -2185,19 +2183,15 @@ def training_macs(
     history, steps, positions, sizes, batch_size, n_critic=0, g_batch=0, ratio_every=0, paper=False
 ):
     """MACs of a whole training with moving masks, an int.
-
     history    [[step, {weight name: number kept}, [networks whose dense gradient was read]], ...]:
                masks from that step on, and whose gradient that very step read to set them
     positions  of mac_positions, sizes {name: weights}; a weight without a mask counts whole
     n_critic   steps of D per step of G and g_batch, G's batch; 0: no GAN
-    With f = MACs of one forward per image (backward = twice that, or once where only the input
-    needs a gradient), a step costs
-      GAN      n_critic B (f_G + 6 f_D) + B_G (3 f_G + 2 f_D), and per balance ratio the new G's
-               images, D on them, on the old ones and on real ones: B_G (f_G + 2 f_D) + B f_D
-      others   3 B f
-    and where growth read a dense weight gradient, its difference to a sparse one (D: twice, for
-    real and generated images). paper=True: the count of Wang et al.'s code, without D's fake half,
-    D's input gradient, the balance ratio and dense gradients, and with n_critic twice for D."""
+    With f = MACs of one forward per image (backward: twice, or once for the input alone), a step
+    costs 3 B f, of a GAN n_critic B (f_G + 6 f_D) + B_G (3 f_G + 2 f_D), a balance ratio B_G (f_G +
+    2 f_D) + B f_D, and a dense gradient its difference to a sparse one (D: twice, real and fake).
+    paper=True: Wang et al.'s code, which leaves out D's fake half and input gradient, the ratio and
+    dense gradients and has n_critic twice for D (and counts biases and norms, not here: + 0.15 %)."""
     B, B_G, total = batch_size, g_batch, 0
 
     def forward(counts, role):
@@ -2610,10 +2604,10 @@ class Run:
             return dynamic_layers(nets, optimizers, masks, state, **how)
         how |= dict(ratio_every=s.ratio_every, window_steps=s.window, amp=s.amp)
         if s.method == "ddst":
-            control = dict(every=s.every_D, first=s.first_D)
-            control |= dict(low=s.band[0], high=s.band[1])
-            counts = control_counts(of_role(masks, "D"), s.max_density_D)
-            how["control"] = control | counts
+            limits = control_counts(of_role(masks, "D"), s.max_density_D)
+            limits |= dict(low=s.band[0], high=s.band[1])
+            control = dict(every=s.every_D, first=s.first_D, limits=limits)
+            how["control"] = control
         return dynamic_gan(nets, optimizers, masks, state, **how)
 
     def fit(self, name, nets, masks, start=0, after_step=None, state=None, average=None):

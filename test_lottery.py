@@ -2140,7 +2140,7 @@ def test_the_whole_controller_against_scripted_ratios(variant, monkeypatch):
     total = sum(m.numel() for m in L.of_role(masks, "D").values())
     cap, kept_G = 500 if variant == "strict" else total, L.kept(L.of_role(masks, "G"))
     limits = dict(low=0.45, high=0.55, change=40, floor=50, cap=cap, total=total)
-    state, control = {}, dict(every=2, first=4, **limits)
+    state, control = {}, dict(every=2, first=4, limits=limits)
     how = dict(window_steps=8, ratio_every=2, update_every=0 if variant == "static G" else 2)
     after = L.dynamic_gan(
         nets, optimizers, masks, state, steps=steps, seed=0, control=control, **how
@@ -2215,7 +2215,8 @@ def test_fifty_updates_of_both_masks_keep_counts_and_zeros_in_the_average_too():
     count, state, moved = {r: L.kept(L.of_role(masks, r)) for r in "GD"}, {}, []
     ema = nn.ModuleDict({"G": copy.deepcopy(nets["G"])})
     band = dict(low=-9e9, high=-9e8, change=0, floor=1)  # D always explores
-    control = dict(every=2, first=0, cap=count["D"], total=10**9, **band)
+    limits = dict(cap=count["D"], total=10**9, **band)
+    control = dict(every=2, first=0, limits=limits)
     how = dict(steps=102, seed=0, window_steps=8, update_every=2, control=control)
     move = L.dynamic_gan(nets, optimizers, masks, state, **how)
 
@@ -2237,7 +2238,8 @@ def test_fifty_updates_of_both_masks_keep_counts_and_zeros_in_the_average_too():
     assert sum("D" in roles for roles in moved) > 25  # where its ratio was a number
 
 
-CONTROL = dict(every=8, first=8, low=0.45, high=0.55, change=40, floor=50, cap=900, total=10**9)
+LIMITS = dict(low=0.45, high=0.55, change=40, floor=50, cap=900, total=10**9)
+CONTROL = dict(every=8, first=8, limits=LIMITS)
 
 
 @pytest.mark.parametrize(
