@@ -2191,7 +2191,7 @@ def training_macs(
     costs 3 B f, of a GAN n_critic B (f_G + 6 f_D) + B_G (3 f_G + 2 f_D), a balance ratio B_G (f_G +
     2 f_D) + B f_D, and a dense gradient its difference to a sparse one (D: twice, real and fake).
     paper=True: Wang et al.'s code, which leaves out D's fake half and input gradient, the ratio and
-    dense gradients and has n_critic twice for D (and counts biases and norms, not here: + 0.15 %)."""
+    dense gradients and has n_critic twice for D (and biases and norms, not here: + 0.15 %)."""
     B, B_G, total = batch_size, g_batch, 0
 
     def forward(counts, role):
@@ -2433,7 +2433,7 @@ def derive(s, given):
         if s.dataset == "shapes" and "density" not in given:
             s.density_D = min(0.5, s.max_density_D)
     s.density_D = s.density_D or 1.0
-    s.device = str(pick_device(s.device))
+    s.device = pick_device(s.device)
     s.out = s.out or f"runs/{s.method}-{s.model}-{Path(s.dataset).name}-{s.seed}"
     refusals = {
         f"ddst balances a GAN; {s.model} has --method sdst": ddst and not gan,
@@ -2481,15 +2481,15 @@ def ticket_settings(given, method):
     return inherited | {"ticket_sha256": digest, "ticket_file": str(path)}
 
 def pick_device(name=None):
-    """torch.device by name, or the best there is. ValueError when it is unavailable."""
+    """The device of that name, or the best there is, as text. ValueError when unavailable."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.zeros(1, device=name).device  # of cpu:0 it is cpu
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("neither cpu nor cuda")
-        torch.zeros(1, device=device)
+        return str(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name} is unavailable ({error!r:.120})") from None
-    return device if device.type == "cuda" else torch.device("cpu")  # of cpu:0, too
 
 def identity(s):
     """The settings that make a run what it is; plain values."""
@@ -2510,9 +2510,9 @@ def check_folder(folder, s):
     if s.method == "imp" or s.controls:  # trainings that are compared must be measured alike
         names += EVALUATION
     differ = [n for n in names if theirs.get(n) != ours[n]]
+    both = [f"{n} {theirs.get(n)} there, {ours[n]} here" for n in differ]
     if differ:
-        both = "; ".join(f"{n} {theirs.get(n)} there, {ours[n]} here" for n in differ)
-        raise ValueError(f"--out {folder} holds another run: {both}. Name another --out")
+        raise ValueError(f"--out {folder} holds another run: {'; '.join(both)}. Name another")
 
 class Run:
     """A run of the command line: settings, data, networks and folder. Images are uint8 (N, C, S, S)
@@ -2540,16 +2540,17 @@ class Run:
             have = f"{s.data_images} images to train on and {held_out} held out"
             raise ValueError(f"{s.dataset} has {have}; needed are {s.batch_size}, a batch, and 1")
         if s.device != "cpu" and not root:
-            if self.images.numel() < torch.cuda.mem_get_info(s.device)[0] / 2:
+            free, _ = torch.cuda.mem_get_info(s.device)
+            if self.images.numel() < free / 2:
                 self.images = self.images.to(s.device)
         self.reference = None  # what generated images are compared with
         if s.model in SAMPLED:
             count, part = 2000, "held-out"
             if s.features == "inception":  # as FID is published
                 count, part = 50_000, "train"
-            chosen = s.eval_images or count, s.reference or part
-            sets = self.images, self.held_out, network, s.features
-            self.reference = distance_reference(*sets, *chosen)
+            chosen = s.features, s.eval_images or count, s.reference or part
+            sets = self.images, self.held_out
+            self.reference = distance_reference(*sets, network, *chosen)
 
     def fresh(self, draw=0):
         """Networks at their initial weights, on the run's device; draw see `build`."""
@@ -2848,7 +2849,8 @@ def finish(run, nets, masks, done, **more):
     summary = summarise(run, nets, masks, done) | more
     content = {"format": 1, "settings": identity(run.s), "weights": use.state_dict()}
     content["masks"] = {name: mask.bool() for name, mask in masks.items()}
-    content["metrics"] = {key: summary[key] for key in ("metric", "value", "floor", "kid")}
+    about = "metric", "value", "reference", "floor", "kid"
+    content["metrics"] = {key: summary[key] for key in about}
     save_torch(run.folder / "model.pt", content)
     write_text(run.folder / "summary.json", json.dumps(summary, indent=1))
     return summary
@@ -2872,12 +2874,12 @@ def summarise(run, nets, masks, done):
     row |= {key: last.get(key) for key in also}
     if not math.isfinite(row["balance_ratio"] or 0):
         row["balance_ratio"] = None  # JSON has no inf
-    parameters = sum(p.numel() for p in nets.parameters())
     pruned = sum(sizes.values()) - sum(counts.values())
-    macs = sum(positions[n] * counts[n] for n in sizes)
+    row["parameters"] = sum(p.numel() for p in nets.parameters())
+    row["kept"] = row["parameters"] - pruned
     dense_macs = sum(dense_positions[n] * dense_sizes[n] for n in dense_sizes)
-    row |= {"parameters": parameters, "kept": parameters - pruned}
-    row |= {"macs": macs, "macs_relative": macs / dense_macs}
+    row["macs"] = sum(positions[n] * counts[n] for n in sizes)
+    row["macs_relative"] = row["macs"] / dense_macs
     dense = run.training_macs(run.nets, [[0, {}, []]], done.step, ratios=False)
     exact, paper = (sum(part) for part in zip(*run.spent.values()))
     row["training_macs_relative"] = exact / dense[0]
@@ -2932,11 +2934,11 @@ def run_evaluate(given):
         raise ValueError(f"--evaluate reads only {', '.join(sorted(map(flag, reads)))}")
     for name, value in given.items():
         check(name, value)
-    device = str(pick_device(given.get("device")))
-    nets, saved = load_model(Path(given["evaluate"]) / "model.pt", device)
+    folder, device = given["evaluate"], pick_device(given.get("device"))
+    nets, saved = load_model(Path(folder) / "model.pt", device)
     check_read(given, None, saved["settings"]["model"])
     settings = {name: row.default for name, row in SETTINGS.items()}
-    settings |= {**saved["settings"], **given, "device": device, "out": given["evaluate"]}
+    settings |= saved["settings"] | given | {"device": device, "out": folder}
     run = Run(types.SimpleNamespace(**settings))
     run.load()
     print(", ".join(f"{name} {value}" for name, value in run.measure(nets).items()))
@@ -2976,13 +2978,12 @@ def run_method(given):
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         check_folder(folder, s)  # again: another process may have been here meanwhile
-        threads, config = torch.get_num_threads(), folder / "config.json"
+        here, config = dict(threads=torch.get_num_threads()), folder / "config.json"
         if not config.exists():
-            here = {"torch": torch.__version__, "threads": threads}
-            here["machine"] = platform.machine()
-            write_text(config, json.dumps({**vars(s), "environment": here}, indent=1))
-        elif read_json(config).get("environment", {}).get("threads") != threads:
-            print(f"continuing with other threads, {threads}: last bits will differ")
+            here |= dict(torch=torch.__version__, machine=platform.machine())
+            write_text(config, json.dumps(vars(s) | {"environment": here}, indent=1))
+        elif not here.items() <= read_json(config).get("environment", {}).items():
+            print(f"continuing with {here}, not as before: last bits will differ")
         shown = [f"{name} {value}" for name, value in identity(s).items() if value]
         print("\n".join(textwrap.wrap(", ".join(shown), 100)), flush=True)
         methods = {"imp": run_imp, "earlybird": run_earlybird}
