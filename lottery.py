@@ -35,8 +35,8 @@ from torch import nn
 # 1. DATA: every image set becomes one uint8 tensor (N, C, H, W); only a classifier's folders, say
 #    ImageNet, are a stream. A batch is a function of (seed, position): no loader's state is saved.
 
-# Default size, channels, may be mirrored (a mirrored 7 is not a 7), classes (0: no labels).
-FOLDER = dict(image_size=64, channels=3, flip=True, classes=0)  # of images, at any path
+# Default size, channels, may be mirrored (not a 7), classes (0: no labels); FOLDER: at any path.
+FOLDER = dict(image_size=64, channels=3, flip=True, classes=0)
 MNIST = dict(image_size=32, channels=1, flip=False, classes=10)
 DATASETS = {
     "shapes": FOLDER | dict(image_size=32, flip=False, classes=3),
@@ -52,9 +52,8 @@ TORCHVISION |= {"cifar10": "CIFAR10", "stl10": "STL10"}
 IMAGE_ENDINGS = ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm"
 
 def rng(seed, step, purpose, k=0):
-    """A fresh CPU generator for one draw: randomness is a function of (seed, step, purpose, k).
-    So a run that was cut off needs no random state to continue, evaluating more often changes no
-    weight, a CPU and a GPU see the same batches. (Python salts hash() anew in every process.)"""
+    """A CPU generator for one draw, a function of (seed, step, purpose, k): a run that was cut off
+    goes on without a random state, and a GPU sees a CPU's batches. (hash() is salted: sha256.)"""
     key = f"{seed}/{step}/{purpose}/{k}"
     digest = hashlib.sha256(key.encode()).digest()
     number = int.from_bytes(digest[:8], "big") >> 1
@@ -82,9 +81,8 @@ def shapes(count, size=32, seed=0):
     thirds = torch.tensor([0, 1 / 3, 2 / 3]).view(3, 1, 1)
     images, labels = [], []
     for part in torch.from_numpy(draws).split(1000):
-        columns = part.T.reshape(8, -1, 1, 1, 1)
-        kind, cx, cy, radius, hue, glow, ground, _ = columns  # (B, 1, 1, 1)
-        kind = (kind * 3).long()
+        kind, cx, cy, radius, hue, glow, ground, _ = part.T.reshape(8, -1, 1, 1, 1)
+        kind = (kind * 3).long()  # (B, 1, 1, 1), all of them
         u, v = x - (cx - 0.5) * 0.3, y - (cy - 0.5) * 0.3
         r = 0.55 + 0.2 * radius
         circle = r - (u * u + v * v).sqrt()  # (B, 1, S, S), > 0 inside
@@ -102,49 +100,41 @@ def shapes(count, size=32, seed=0):
     return torch.cat(images), torch.cat(labels)
 
 def decode_image(path, size):
-    """uint8 (size, size, 3): the centre square of a picture file, resized. None when the file cannot
-    be read, and a line that says so."""
+    """The centre square of a picture, uint8 (size, size, 3), or None where the file is damaged."""
     from PIL import Image, ImageOps  # comes with torchvision
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # PIL has errors of many kinds
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    except Exception as error:  # PIL has many kinds
         sys.stderr.write(f"skipped {path}: {error}\n")
         return None
     W, H = image.size
     side = min(W, H)
     left, top = (W - side) // 2, (H - side) // 2
     image = image.crop((left, top, left + side, top + side))
-    image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image)
+    return np.asarray(image.resize((size, size), Image.BILINEAR))
 
-@functools.lru_cache(maxsize=1)  # asked for the training part, then for the held-out one
+@functools.lru_cache(maxsize=1)
 def decode_folder(folder, size):
-    """All images below `folder` as uint8 (N, 3, size, size), by decode_image.
-    From 1,000 images on kept beside the folder as NAME-SIZE-DIGEST.npy; the digest is of all names,
-    lengths and times, so an old cache is never mistaken for a changed folder."""
+    """All images below `folder` as uint8 (N, 3, size, size), in memory until the next one is asked.
+    From 1,000 images on also beside the folder as NAME-SIZE-DIGEST.npy, where that can be written;
+    the digest is of all names and times, so that a changed folder is decoded again."""
     folder = Path(folder).resolve()
-    endings = IMAGE_ENDINGS.split()
     paths = sorted(folder.rglob("*"))
-    paths = [path for path in paths if path.suffix.lower() in endings]
-    digest = hashlib.sha256()
-    for path in paths:
-        stat = path.stat()
-        line = f"{path} {stat.st_size} {stat.st_mtime_ns}\n"
-        digest.update(line.encode())
-    digest = digest.hexdigest()[:12]
-    cache = folder.parent / f"{folder.name}-{size}-{digest}.npy"
+    paths = [p for p in paths if p.suffix.lower() in IMAGE_ENDINGS.split()]
+    listing = [(str(p), p.stat().st_mtime_ns) for p in paths]
+    digest = hashlib.sha256(repr(listing).encode()).hexdigest()
+    cache = Path(f"{folder}-{size}-{digest[:12]}.npy")
     if cache.exists():
         return torch.from_numpy(np.load(cache))
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # PIL decodes outside the GIL
-        decoded = pool.map(lambda path: decode_image(path, size), paths)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        decoded = pool.map(lambda p: decode_image(p, size), paths)
         images = [image for image in decoded if image is not None]
     if not images:
-        raise ValueError(f"no folder {folder} or no readable image below it ({IMAGE_ENDINGS})")
-    images = np.stack(images).transpose(0, 3, 1, 2)
-    images = np.ascontiguousarray(images)
+        missing = f"no folder {folder} or no readable image below it"
+        raise ValueError(f"{missing}: {IMAGE_ENDINGS}")
+    images = np.stack(images).transpose(0, 3, 1, 2).copy()
     if len(paths) >= 1000:
-        with contextlib.suppress(OSError):  # may not write there: decode every time
+        with contextlib.suppress(OSError):
             write_atomically(cache, lambda file: np.save(file, images))
     return torch.from_numpy(images)
 
@@ -161,9 +151,8 @@ def write_atomically(path, write):
 def load_images(name, root="data", size=None, train=True, labelled=False):
     """uint8 images (N, C, size, size) and int64 labels (N,) of the training or held-out part.
     name      one of DATASETS but imagenet, or the path of a folder of images (labels are all 0)
-    root      where the sets lie, in torchvision's folder layout; torchvision fetches what it can
-              (not CelebA: unzip its img_align_celeba.zip in ROOT/celeba)
-    labelled  of STL-10 take the 5,000 images with labels, not the 100,000 without
+    root      where the sets lie, in torchvision's folder layout; all but CelebA are fetched
+    labelled  of STL-10 5,000 images with labels, not the 100,000 without (Wang et al. 2023)
     CelebA and plain folders have no test part: a tenth of a seeded permutation is held out."""
     size = size or DATASETS.get(name, FOLDER)["image_size"]
     if name == "shapes":
@@ -179,21 +168,22 @@ def load_images(name, root="data", size=None, train=True, labelled=False):
     return images, torch.zeros(len(images)).long()
 
 def load_torchvision_set(name, root, size, train, labelled=False):
-    """MNIST, Fashion-MNIST, CIFAR-10 and STL-10 by torchvision's own classes, see load_images."""
+    """load_images of torchvision's sets. A black frame makes MNIST's 28 pixels 32, a power of 2."""
     kind = getattr(import_torchvision().datasets, TORCHVISION[name])
     part = dict(train=train)
-    if name == "stl10":  # generators train on the unlabelled images (Wang et al. 2023)
+    if name == "stl10":
         own = "train" if labelled else "unlabeled"
         part = dict(split=own if train else "test")
     try:
         data = kind(root, download=True, **part)
-    except (OSError, RuntimeError) as error:  # URLError is an OSError
-        raise ValueError(f"{name} is not in {root} and cannot be fetched ({error})") from None
+    except (OSError, RuntimeError) as error:
+        missing = f"{name} is not in {root} and cannot be fetched"
+        raise ValueError(f"{missing} ({error})") from None
     images = torch.as_tensor(data.data)
-    if images.dim() == 3:  # (N, 28, 28): a black frame of 2 makes 32, a power of 2
+    if images.dim() == 3:  # (N, 28, 28)
         frame = 0 if size == 28 else 2
         images = F.pad(images.unsqueeze(1), (frame,) * 4)
-    elif images.shape[-1] == 3:  # CIFAR-10 is (N, H, W, 3)
+    elif images.shape[-1] == 3:  # (N, H, W, 3)
         images = images.permute(0, 3, 1, 2)
     images = images.contiguous()
     if images.shape[-1] != size:
@@ -210,46 +200,45 @@ def read_image(path):
     """A picture file as torchvision reads it, RGB; the error names the file."""
     from PIL import Image
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:  # PIL has errors of many kinds
+        return Image.open(path).convert("RGB")
+    except Exception as error:
         raise ValueError(f"cannot read {path} ({error})") from None
 
 class ImageStream(torch.utils.data.Dataset):
     """Images of FOLDER/CLASS/, uint8 (3, size, size), decoded ahead by `workers` processes, cut as
     by Chen et al. 2021: the centre to measure on; to train on a random part, mirrored at random."""
     def __init__(self, folder, size, workers=0):
-        torchvision = import_torchvision()
-        T = torchvision.transforms
+        vision = import_torchvision()
+        T, ImageFolder = vision.transforms, vision.datasets.ImageFolder
         centre = T.Resize(round(size * 256 / 224)), T.CenterCrop(size), T.PILToTensor()
-        self.files = torchvision.datasets.ImageFolder(folder, T.Compose(centre), loader=read_image)
+        self.files = ImageFolder(folder, T.Compose(centre), loader=read_image)
         self.labels = torch.tensor(self.files.targets)
-        part = T.RandomResizedCrop(size, scale=(0.1, 1), ratio=(0.8, 1.25))
+        part = T.RandomResizedCrop(size, (0.1, 1), (0.8, 1.25))
         self.random = T.Compose([part, T.RandomHorizontalFlip(), T.PILToTensor()])
         self.workers, self.seed, self.due = workers, None, None
 
     def __len__(self):
         return len(self.labels)
 
-    def __getitem__(self, place):  # of batch_index; without a seed, the image's own
+    def __getitem__(self, place):  # of batch_index; without a seed, an index
         if self.seed is None:
             return self.files[place][0]
         i = int(batch_index(len(self), place, 1, self.seed))
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+        with torch.random.fork_rng(devices=[]):  # torchvision draws globally
             torch.manual_seed(rng(self.seed, place // len(self), "augment", i).initial_seed())
             return self.random(read_image(self.files.samples[i][0]))
 
-    def load(self, lists, seed=None):  # uint8 (n, 3, size, size) for each list of n places
-        images = copy.copy(self)  # a loader in a cycle with its images hangs when it is collected
+    def load(self, lists, seed=None):  # a tensor for each list of places
+        images = copy.copy(self)  # not self: collecting a cycle with a loader hangs
         images.ahead, images.seed = None, seed
-        how = dict(num_workers=self.workers, generator=torch.Generator())  # not the global one
+        how = dict(num_workers=self.workers, generator=torch.Generator())
         return iter(torch.utils.data.DataLoader(images, batch_sampler=lists, **how))
 
-    def split(self, size):  # all centres in order, like a tensor's split
+    def split(self, size):  # like a tensor's
         return self.load(torch.arange(len(self)).split(size))
 
-    def batch(self, position, size, seed):  # random parts of the images at batch_index
-        if self.due != (position, size, seed):  # the first, or not the one after the last
+    def batch(self, position, size, seed):
+        if self.due != (position, size, seed):  # it does not follow the last
             starts = itertools.count(position, size)
             self.ahead = self.load((range(p, p + size) for p in starts), seed)
         self.due = (position + size, size, seed)
@@ -289,9 +278,8 @@ def balanced_index(labels, count, generator):
     return chosen[torch.randperm(len(chosen), generator=generator)]
 
 def batch(images, position, size, seed, flip=False, device=None, crop=0):
-    """The images at batch_index, in [-1, 1], mirrored and shifted at random.
-    images (N, C, H, W) uint8 -> (size, C, H, W) float32 on `device`. crop: shifted by up to so many
-    pixels, black coming in (He et al. 2016). An ImageStream mirrors and cuts in its own way."""
+    """The images at batch_index, (size, C, H, W) in [-1, 1], mirrored at random, shifted by up to
+    `crop` pixels, black coming in (He et al. 2016). An ImageStream mirrors and cuts by itself."""
     if isinstance(images, ImageStream):
         chosen = images.batch(position, size, seed)
         return chosen.to(device=device).float().div_(127.5).sub_(1)
