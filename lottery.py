@@ -53,7 +53,7 @@ IMAGE_ENDINGS = ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm"
 
 def rng(seed, step, purpose, k=0):
     """A CPU generator for one draw, a function of (seed, step, purpose, k): a run that was cut off
-    goes on without a random state, and a GPU sees a CPU's batches. (hash() is salted: sha256.)"""
+    goes on without a random state, a GPU sees a CPU's batches. sha256, for Python salts hash()."""
     key = f"{seed}/{step}/{purpose}/{k}"
     digest = hashlib.sha256(key.encode()).digest()
     number = int.from_bytes(digest[:8], "big") >> 1
@@ -81,8 +81,9 @@ def shapes(count, size=32, seed=0):
     thirds = torch.tensor([0, 1 / 3, 2 / 3]).view(3, 1, 1)
     images, labels = [], []
     for part in torch.from_numpy(draws).split(1000):
-        kind, cx, cy, radius, hue, glow, ground, _ = part.T.reshape(8, -1, 1, 1, 1)
-        kind = (kind * 3).long()  # (B, 1, 1, 1), all of them
+        columns = part.T.reshape(8, -1, 1, 1, 1)
+        kind, cx, cy, radius, hue, glow, ground, _ = columns
+        kind = (kind * 3).long()  # all are (B, 1, 1, 1)
         u, v = x - (cx - 0.5) * 0.3, y - (cy - 0.5) * 0.3
         r = 0.55 + 0.2 * radius
         circle = r - (u * u + v * v).sqrt()  # (B, 1, S, S), > 0 inside
@@ -101,10 +102,10 @@ def shapes(count, size=32, seed=0):
 
 def decode_image(path, size):
     """The centre square of a picture, uint8 (size, size, 3), or None where the file is damaged."""
-    from PIL import Image, ImageOps  # comes with torchvision
+    from PIL import Image, ImageOps
     try:
         image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except Exception as error:  # PIL has many kinds
+    except Exception as error:  # of many kinds
         sys.stderr.write(f"skipped {path}: {error}\n")
         return None
     W, H = image.size
@@ -115,7 +116,7 @@ def decode_image(path, size):
 
 @functools.lru_cache(maxsize=1)
 def decode_folder(folder, size):
-    """All images below `folder` as uint8 (N, 3, size, size), in memory until the next one is asked.
+    """All images below `folder` as uint8 (N, 3, size, size), in memory for the held-out part too.
     From 1,000 images on also beside the folder as NAME-SIZE-DIGEST.npy, where that can be written;
     the digest is of all names and times, so that a changed folder is decoded again."""
     folder = Path(folder).resolve()
@@ -139,8 +140,7 @@ def decode_folder(folder, size):
     return torch.from_numpy(images)
 
 def write_atomically(path, write):
-    """`write(file)` under a temporary name, flushed to disk, then renamed: a reader sees the old
-    file or the new one, never a part, whenever the process is killed."""
+    """`write(file)` under a temporary name, then renamed: no reader ever sees a part of a file."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
         write(file)
@@ -161,10 +161,9 @@ def load_images(name, root="data", size=None, train=True, labelled=False):
         return load_torchvision_set(name, root, size, train, labelled)
     celeba = Path(root, "celeba", "img_align_celeba")
     images = decode_folder(celeba if name == "celeba" else name, size)
-    held_out = len(images) // 10
     order = torch.randperm(len(images), generator=rng(0, 0, "held-out split"))
-    parts = order.split([len(images) - held_out, held_out])
-    images = images[parts[0 if train else 1]]
+    border = len(images) - len(images) // 10
+    images = images[order[:border] if train else order[border:]]
     return images, torch.zeros(len(images)).long()
 
 def load_torchvision_set(name, root, size, train, labelled=False):
@@ -188,11 +187,11 @@ def load_torchvision_set(name, root, size, train, labelled=False):
     images = images.contiguous()
     if images.shape[-1] != size:
         how = dict(size=size, mode="bilinear", antialias=True)
-        parts = []
-        for part in images.split(1000):
-            part = F.interpolate(part.float(), **how)
-            parts.append(part.round().to(torch.uint8))
-        images = torch.cat(parts)
+        small = []
+        for some in images.split(1000):
+            some = F.interpolate(some.float(), **how)
+            small.append(some.round().to(torch.uint8))
+        images = torch.cat(small)
     labels = data.labels if name == "stl10" else data.targets
     return images, torch.as_tensor(labels).long()
 
@@ -228,7 +227,7 @@ class ImageStream(torch.utils.data.Dataset):
             torch.manual_seed(rng(self.seed, place // len(self), "augment", i).initial_seed())
             return self.random(read_image(self.files.samples[i][0]))
 
-    def load(self, lists, seed=None):  # a tensor for each list of places
+    def load(self, lists, seed=None):  # a batch for each list of places
         images = copy.copy(self)  # not self: collecting a cycle with a loader hangs
         images.ahead, images.seed = None, seed
         how = dict(num_workers=self.workers, generator=torch.Generator())
@@ -238,7 +237,7 @@ class ImageStream(torch.utils.data.Dataset):
         return self.load(torch.arange(len(self)).split(size))
 
     def batch(self, position, size, seed):
-        if self.due != (position, size, seed):  # it does not follow the last
+        if self.due != (position, size, seed):  # not the next one
             starts = itertools.count(position, size)
             self.ahead = self.load((range(p, p + size) for p in starts), seed)
         self.due = (position + size, size, seed)
@@ -248,7 +247,7 @@ def class_names(root):
     """Names of the classes in ROOT/train/CLASS/... and ROOT/val/CLASS/..., ImageNet's layout."""
     train, val = (sorted(p.name for p in root.glob(f"{part}/*/")) for part in ("train", "val"))
     if len(train) < 2 or train != val:
-        raise ValueError(f"{root} needs train/ and val/ with the same folders, one a class")
+        raise ValueError(f"{root}: train/ and val/ need the same folders, one a class")
     return train
 
 @functools.lru_cache(maxsize=4)
@@ -260,7 +259,8 @@ def batch_index(count, position, size, seed):
     """(size,) int64: places [position, position + size) of one endless stream of shuffled epochs of
     0..count-1. Every batch is full: one that begins at an epoch's end goes on into the next."""
     parts = []
-    for epoch in range(position // count, (position + size - 1) // count + 1):
+    last = (position + size - 1) // count
+    for epoch in range(position // count, last + 1):
         start = position - epoch * count
         order = epoch_order(count, epoch, seed)
         parts.append(order[max(0, start) : start + size])
@@ -270,9 +270,9 @@ def balanced_index(labels, count, generator):
     """(count,) int64: places of `count` images in random order, from the classes of `labels` (N,)
     as equally as class sizes allow."""
     order = torch.randperm(len(labels), generator=generator)
-    rank = torch.zeros_like(order)
+    labels, rank = labels[order], torch.zeros_like(order)
     for label in labels.unique():
-        mine = labels[order] == label
+        mine = labels == label
         rank[mine] = torch.arange(int(mine.sum()))
     chosen = order[rank.argsort(stable=True)[:count]]
     return chosen[torch.randperm(len(chosen), generator=generator)]
