@@ -105,7 +105,7 @@ def decode_image(path, size):
     from PIL import Image, ImageOps
     try:
         image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except Exception as error:  # of many kinds
+    except Exception as error:
         sys.stderr.write(f"skipped {path}: {error}\n")
         return None
     W, H = image.size
@@ -176,8 +176,8 @@ def load_torchvision_set(name, root, size, train, labelled=False):
     try:
         data = kind(root, download=True, **part)
     except (OSError, RuntimeError) as error:
-        missing = f"{name} is not in {root} and cannot be fetched"
-        raise ValueError(f"{missing} ({error})") from None
+        why = f"{name} is not in {root} and cannot be fetched: {error}"
+        raise ValueError(" ".join(why.split())) from None
     images = torch.as_tensor(data.data)
     if images.dim() == 3:  # (N, 28, 28)
         frame = 0 if size == 28 else 2
