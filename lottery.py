@@ -35,120 +35,112 @@ from torch import nn
 # 1. DATA: every image set becomes one uint8 tensor (N, C, H, W); only a classifier's folders, say
 #    ImageNet, are a stream. A batch is a function of (seed, position): no loader's state is saved.
 
-# Default size, channels, may be mirrored (a mirrored 7 is not a 7), classes (0: no labels).
+# Default size, channels, may be mirrored (not a 7), classes (0: no labels); FOLDER: at any path.
+FOLDER = dict(image_size=64, channels=3, flip=True, classes=0)
+MNIST = dict(image_size=32, channels=1, flip=False, classes=10)
 DATASETS = {
-    "shapes": dict(image_size=32, channels=3, flip=False, classes=3),
-    "mnist": dict(image_size=32, channels=1, flip=False, classes=10),
-    "fashion_mnist": dict(image_size=32, channels=1, flip=False, classes=10),
-    "cifar10": dict(image_size=32, channels=3, flip=True, classes=10),
-    "stl10": dict(image_size=48, channels=3, flip=True, classes=10),
-    "celeba": dict(image_size=64, channels=3, flip=True, classes=0),
-    "imagenet": dict(image_size=224, channels=3, flip=True, classes=1000),
+    "shapes": FOLDER | dict(image_size=32, flip=False, classes=3),
+    "mnist": MNIST,
+    "fashion_mnist": MNIST,
+    "cifar10": FOLDER | dict(image_size=32, classes=10),
+    "stl10": FOLDER | dict(image_size=48, classes=10),
+    "celeba": FOLDER,
+    "imagenet": FOLDER | dict(image_size=224, classes=1000),
 }
-FOLDER = dict(image_size=64, channels=3, flip=True, classes=0)  # of images, at any path
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
+TORCHVISION |= {"cifar10": "CIFAR10", "stl10": "STL10"}
+IMAGE_ENDINGS = ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm"
 
 def rng(seed, step, purpose, k=0):
-    """A fresh CPU generator for one draw: randomness is a function of (seed, step, purpose, k).
-    Nothing here changes torch's global generator. That is why a run that was cut off needs no
-    random state to continue, why evaluating more often changes no weight, and why a CPU and a GPU
-    see the same batches. sha256 and not hash(): Python salts hash() anew in every process."""
-    digest = hashlib.sha256(f"{seed}/{step}/{purpose}/{k}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    """A CPU generator for one draw, a function of (seed, step, purpose, k): a run that was cut off
+    goes on without a random state, a GPU sees a CPU's batches. sha256, for Python salts hash()."""
+    key = f"{seed}/{step}/{purpose}/{k}"
+    digest = hashlib.sha256(key.encode()).digest()
+    number = int.from_bytes(digest[:8], "big") >> 1
+    return torch.Generator().manual_seed(number)
 
 def import_torchvision():
-    """torchvision, imported where it is used (it takes a second), beside a CPU-only torch too. Then
-    the compiled part of PyPI's build for CUDA does not load, and the import fails on two operators
-    that nobody here calls: "operator torchvision::nms does not exist". Declaring them is enough."""
+    """torchvision, imported where it is used (it takes a second). Beside a CPU-only torch PyPI's
+    build for CUDA fails on two operators that nobody here calls; declaring them is enough."""
     try:
         import torchvision
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    except RuntimeError:  # "operator torchvision::nms does not exist"
+        schema = "(Tensor boxes, Tensor scores, float iou) -> Tensor"
+        torch.library.define("torchvision::nms", schema)
+        torch.library.define("torchvision::qnms", schema)
         import torchvision
-        torchvision.declared = library  # the operators go when the Library is collected
     return torchvision
 
 def shapes(count, size=32, seed=0):
     """`count` pictures of one large bright circle, square or triangle on a dark ground.
-    Returns uint8 images (count, 3, size, size) and labels (count,): 0 circle, 1 square, 2 triangle.
-    Image i depends on (seed, i) alone. Edges are soft over a pixel, as in a photograph: a hard edge
-    is a texture that the discriminator reads and the generator cannot draw."""
-    draws = torch.from_numpy(np.random.default_rng(seed).random((count, 8), dtype=np.float32))
-    labels = (draws[:, 0] * 3).long()
-    grid = (torch.arange(size) + 0.5) / size * 2 - 1            # (S,)
-    y, x = grid.view(1, -1, 1), grid.view(1, 1, -1)             # (1, S, 1), (1, 1, S)
-    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
-    for rows in torch.arange(count).split(1000):
-        columns = [column.view(-1, 1, 1) for column in draws[rows].T]
-        _, cx, cy, radius, hue, glow, ground, _ = columns       # (b, 1, 1) each
-        u, v = x - (cx - 0.5) * 0.3, y - (cy - 0.5) * 0.3       # (b, S, S)
+    uint8 images (count, 3, size, size), labels (count,): 0 circle, 1 square, 2 triangle. Image i
+    depends on (seed, i) alone. Edges are soft: a discriminator would see hard ones at once."""
+    draws = np.random.default_rng(seed).random((count, 8), np.float32)
+    x = (torch.arange(size) + 0.5) / size * 2 - 1  # (S,)
+    y = x.view(-1, 1)  # (S, 1)
+    thirds = torch.tensor([0, 1 / 3, 2 / 3]).view(3, 1, 1)
+    images, labels = [], []
+    for part in torch.from_numpy(draws).split(1000):
+        columns = part.T.reshape(8, -1, 1, 1, 1)
+        kind, cx, cy, radius, hue, glow, ground, _ = columns
+        kind = (kind * 3).long()  # all are (B, 1, 1, 1)
+        u, v = x - (cx - 0.5) * 0.3, y - (cy - 0.5) * 0.3
         r = 0.55 + 0.2 * radius
-        circle = r - (u * u + v * v).sqrt()                     # > 0 inside
+        circle = r - (u * u + v * v).sqrt()  # (B, 1, S, S), > 0 inside
         square = 0.85 * r - torch.maximum(u.abs(), v.abs())
-        triangle = torch.minimum(0.6 * r - v, 0.5 * (v + r) - 0.87 * u.abs())
-        kind = labels[rows].view(-1, 1, 1)
+        flank = 0.5 * (v + r) - 0.87 * u.abs()
+        triangle = torch.minimum(0.6 * r - v, flank)
         inside = torch.where(kind == 1, square, triangle)
         inside = torch.where(kind == 0, circle, inside)
-        cover = (inside * size / 2 + 0.5).clamp(0, 1).unsqueeze(1)
-        phase = torch.tensor([0, 1 / 3, 2 / 3]).view(1, 3, 1, 1) + hue.unsqueeze(1)
-        color = (0.8 + 0.2 * glow.unsqueeze(1)) * (0.6 + 0.4 * torch.cos(2 * math.pi * phase))
-        picture = cover * color + (1 - cover) * 0.15 * ground.unsqueeze(1)
-        images[rows] = (picture * 255).round().to(torch.uint8)  # (b, 3, S, S)
-    return images, labels
+        cover = (inside * size / 2 + 0.5).clamp(0, 1)
+        wave = torch.cos(2 * math.pi * (thirds + hue))
+        color = (0.8 + 0.2 * glow) * (0.6 + 0.4 * wave)
+        image = cover * color + (1 - cover) * 0.15 * ground
+        images.append((image * 255).round().to(torch.uint8))
+        labels.append(kind.flatten())
+    return torch.cat(images), torch.cat(labels)
 
-def decode_image(path, size, crop=None):
-    """uint8 (size, size, 3): the centre square of a picture file, at most `crop` pixels wide,
-    resized. A line of text instead when the file cannot be read."""
-    from PIL import Image, ImageOps  # comes with torchvision
+def decode_image(path, size):
+    """The centre square of a picture, uint8 (size, size, 3), or None where the file is damaged."""
+    from PIL import Image, ImageOps
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            side = min(crop or max(image.size), *image.size)
-            left, top = ((length - side) // 2 for length in image.size)
-            image = image.crop((left, top, left + side, top + side))
-            return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"skipped {path}: {error}"
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    except Exception as error:
+        sys.stderr.write(f"skipped {path}: {error}\n")
+        return None
+    W, H = image.size
+    side = min(W, H)
+    left, top = (W - side) // 2, (H - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    return np.asarray(image.resize((size, size), Image.BILINEAR))
 
-@functools.lru_cache(maxsize=1)  # asked for the training part, then for the held-out one
-def decode_folder(folder, size, crop=None):
-    """All images below `folder` as uint8 (N, 3, size, size), by decode_image.
-    A file that cannot be read is named, skipped and counted. From 1,000 images on the result is
-    kept beside the folder as NAME-SIZE-DIGEST.npy. The digest is of the listing (names, lengths,
-    times), so a changed folder is decoded again and an old cache is never mistaken for it."""
-    folder, listing = Path(folder).resolve(), f"{crop}"
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
-    for path in paths:
-        stat = path.stat()
-        listing += f"\n{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}"
-    digest = hashlib.sha256(listing.encode()).hexdigest()[:12]
-    cache, images = folder.parent / f"{folder.name}-{size}-{digest}.npy", []
-    with contextlib.suppress(OSError, ValueError, EOFError):  # none, or a damaged one
-        images = np.load(cache, allow_pickle=False)
-    if not len(images):
-        with concurrent.futures.ThreadPoolExecutor() as pool:  # PIL decodes outside the GIL
-            decoded = list(pool.map(lambda path: decode_image(path, size, crop), paths))
-        images = [image for image in decoded if not isinstance(image, str)]
-        if not images:
-            raise ValueError(f"no readable image below {folder}: {' '.join(IMAGE_ENDINGS)}")
-        for line in decoded:
-            if isinstance(line, str):
-                print(line, file=sys.stderr)
-        images = np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
-        if len(paths) >= 1000:
-            with contextlib.suppress(OSError):  # may not write there: decode every time
-                write_atomically(cache, lambda file: np.save(file, images))
-    if len(images) < len(paths):
-        print(f"{len(paths) - len(images)} of {len(paths)} images cannot be read and are left out")
+@functools.lru_cache(maxsize=1)
+def decode_folder(folder, size):
+    """All images below `folder` as uint8 (N, 3, size, size), in memory for the held-out part too.
+    From 1,000 images on also beside the folder as NAME-SIZE-DIGEST.npy, where that can be written;
+    the digest is of all names and times, so that a changed folder is decoded again."""
+    folder = Path(folder).resolve()
+    paths = sorted(folder.rglob("*"))
+    paths = [p for p in paths if p.suffix.lower() in IMAGE_ENDINGS.split()]
+    listing = [(str(p), p.stat().st_mtime_ns) for p in paths]
+    digest = hashlib.sha256(repr(listing).encode()).hexdigest()
+    cache = Path(f"{folder}-{size}-{digest[:12]}.npy")
+    if cache.exists():
+        return torch.from_numpy(np.load(cache))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        decoded = pool.map(lambda p: decode_image(p, size), paths)
+        images = [image for image in decoded if image is not None]
+    if not images:
+        missing = f"no folder {folder} or no readable image below it"
+        raise ValueError(f"{missing}: {IMAGE_ENDINGS}")
+    images = np.stack(images).transpose(0, 3, 1, 2).copy()
+    if len(paths) >= 1000:
+        with contextlib.suppress(OSError):
+            write_atomically(cache, lambda file: np.save(file, images))
     return torch.from_numpy(images)
 
 def write_atomically(path, write):
-    """`write(file)` under a temporary name, flushed to disk, then renamed: a reader sees the old
-    file or the new one, never a part, whenever the process is killed."""
+    """`write(file)` under a temporary name, then renamed: no reader ever sees a part of a file."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
         write(file)
@@ -156,127 +148,106 @@ def write_atomically(path, write):
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
-def resize(images, size):
-    """uint8 (N, C, H, W) to (N, C, size, size), antialiased bilinear."""
-    if images.shape[-2:] == (size, size):
-        return images
-    parts, how = [], dict(size=(size, size), mode="bilinear", antialias=True)
-    for part in images.split(1000):
-        parts.append(F.interpolate(part.float(), **how).round().to(torch.uint8))
-    return torch.cat(parts)
-
 def load_images(name, root="data", size=None, train=True, labelled=False):
     """uint8 images (N, C, size, size) and int64 labels (N,) of the training or held-out part.
     name      one of DATASETS but imagenet, or the path of a folder of images (labels are all 0)
-    root      where the sets lie, in torchvision's folder layout; torchvision fetches what it can
-    labelled  of STL-10 take the 5,000 images with labels, not the 100,000 without
+    root      where the sets lie, in torchvision's folder layout; all but CelebA are fetched
+    labelled  of STL-10 5,000 images with labels, not the 100,000 without (Wang et al. 2023)
     CelebA and plain folders have no test part: a tenth of a seeded permutation is held out."""
     size = size or DATASETS.get(name, FOLDER)["image_size"]
     if name == "shapes":
-        return shapes(10_000, size, seed=0) if train else shapes(2_000, size, seed=1)
-    if name in ("mnist", "fashion_mnist", "cifar10", "stl10"):
-        return load_torchvision_set(name, Path(root), size, train, labelled)
-    folder, crop = Path(name), None
-    if name == "celeba":
-        folder, crop = Path(root) / "celeba" / "img_align_celeba", 178
-    if not folder.is_dir():
-        known = f"{', '.join(DATASETS)} or a path (celeba: unzip its img_align_celeba.zip there)"
-        raise ValueError(f"no folder {folder}; a data set is {known}")
-    images = decode_folder(folder, size, crop)
+        return shapes(10_000, size, 0) if train else shapes(2_000, size, 1)
+    if name in TORCHVISION:
+        return load_torchvision_set(name, root, size, train, labelled)
+    celeba = Path(root, "celeba", "img_align_celeba")
+    images = decode_folder(celeba if name == "celeba" else name, size)
     order = torch.randperm(len(images), generator=rng(0, 0, "held-out split"))
     border = len(images) - len(images) // 10
-    chosen = order[:border] if train else order[border:]
-    return images[chosen], torch.zeros(len(chosen), dtype=torch.int64)
+    images = images[order[:border] if train else order[border:]]
+    return images, torch.zeros(len(images)).long()
 
 def load_torchvision_set(name, root, size, train, labelled=False):
-    """MNIST, Fashion-MNIST, CIFAR-10 and STL-10 by torchvision's own classes, see load_images."""
-    datasets, part = import_torchvision().datasets, dict(train=train)
-    kind, folder = {
-        "mnist": (datasets.MNIST, "MNIST/raw"),
-        "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST/raw"),
-        "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
-        "stl10": (datasets.STL10, "stl10_binary"),
-    }[name]
-    if name == "stl10":  # generators train on the unlabelled images (Wang et al. 2023)
-        part = dict(split="test" if not train else "train" if labelled else "unlabeled")
-    folder = root / folder
-    made = [place for place in (folder, folder.parent, root) if not place.exists()]
+    """load_images of torchvision's sets. A black frame makes MNIST's 28 pixels 32, a power of 2."""
+    kind = getattr(import_torchvision().datasets, TORCHVISION[name])
+    part = dict(train=train)
+    if name == "stl10":
+        own = "train" if labelled else "unlabeled"
+        part = dict(split=own if train else "test")
     try:
-        try:
-            data = kind(root, download=False, **part)
-        except RuntimeError:  # torchvision's word for "not there or damaged"
-            data = kind(root, download=True, **part)
-    except (OSError, RuntimeError) as error:  # URLError is an OSError
-        for place in made:  # torchvision makes folders before it knows
-            with contextlib.suppress(OSError):
-                place.rmdir()
-        raise ValueError(f"{name} is not in {folder} and cannot be fetched ({error})") from None
+        data = kind(root, download=True, **part)
+    except (OSError, RuntimeError) as error:
+        why = f"{name} is not in {root} and cannot be fetched: {error}"
+        raise ValueError(" ".join(why.split())) from None
     images = torch.as_tensor(data.data)
-    if images.dim() == 3:  # (N, 28, 28): a black frame of 2 makes 32, a power of 2
-        images = F.pad(images.unsqueeze(1), (0 if size == 28 else 2,) * 4)
-    elif images.shape[-1] == 3:  # CIFAR-10 is (N, H, W, 3)
+    if images.dim() == 3:  # (N, 28, 28)
+        frame = 0 if size == 28 else 2
+        images = F.pad(images.unsqueeze(1), (frame,) * 4)
+    elif images.shape[-1] == 3:  # (N, H, W, 3)
         images = images.permute(0, 3, 1, 2)
+    images = images.contiguous()
+    if images.shape[-1] != size:
+        how = dict(size=size, mode="bilinear", antialias=True)
+        small = []
+        for some in images.split(1000):
+            some = F.interpolate(some.float(), **how)
+            small.append(some.round().to(torch.uint8))
+        images = torch.cat(small)
     labels = data.labels if name == "stl10" else data.targets
-    return resize(images.contiguous(), size), torch.as_tensor(labels).long()
+    return images, torch.as_tensor(labels).long()
+
+def read_image(path):
+    """A picture file as torchvision reads it, RGB; the error names the file."""
+    from PIL import Image
+    try:
+        return Image.open(path).convert("RGB")
+    except Exception as error:
+        raise ValueError(f"cannot read {path} ({error})") from None
 
 class ImageStream(torch.utils.data.Dataset):
-    """Labelled images of train/ or val/ of ImageNet's layout, decoded by `workers` processes, which
-    change no number. To be measured: the shorter side resized to 256/224 of `size`, the centre cut
-    out. To train on: a random part (area .1 to 1, ratio .8 to 1.25, resized), mirrored at random, a
-    function of (seed, epoch, index). Chen et al. 2021."""
+    """Images of FOLDER/CLASS/, uint8 (3, size, size), decoded ahead by `workers` processes, cut as
+    by Chen et al. 2021: the centre to measure on; to train on a random part, mirrored at random."""
     def __init__(self, folder, size, workers=0):
-        torchvision = import_torchvision()
-        t = torchvision.transforms
-        self.files = torchvision.datasets.ImageFolder(folder)
+        vision = import_torchvision()
+        T, ImageFolder = vision.transforms, vision.datasets.ImageFolder
+        centre = T.Resize(round(size * 256 / 224)), T.CenterCrop(size), T.PILToTensor()
+        self.files = ImageFolder(folder, T.Compose(centre), loader=read_image)
         self.labels = torch.tensor(self.files.targets)
-        self.centre = t.Compose([t.Resize(round(size * 256 / 224)), t.CenterCrop(size)])
-        part = t.RandomResizedCrop(size, scale=(0.1, 1), ratio=(0.8, 1.25))
-        self.random = t.Compose([part, t.RandomHorizontalFlip()])
-        self.workers, self.due, self.ahead = workers, None, None
+        part = T.RandomResizedCrop(size, (0.1, 1), (0.8, 1.25))
+        self.random = T.Compose([part, T.RandomHorizontalFlip(), T.PILToTensor()])
+        self.workers, self.seed, self.due = workers, None, None
 
     def __len__(self):
         return len(self.labels)
 
-    def __getitem__(self, item):  # an index, or (seed, epoch, index): uint8 (3, size, size)
-        path, _ = self.files.samples[item[-1] if isinstance(item, tuple) else item]
-        try:
-            image = self.files.loader(path)
-        except Exception as error:  # PIL has errors of many kinds
-            raise ValueError(f"cannot read {path} ({error})") from None
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-            if isinstance(item, tuple):
-                torch.manual_seed(rng(*item[:2], "augment", item[2]).initial_seed())
-                image = self.random(image)
-            else:
-                image = self.centre(image)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    def __getitem__(self, place):  # of batch_index; without a seed, an index
+        if self.seed is None:
+            return self.files[place][0]
+        i = int(batch_index(len(self), place, 1, self.seed))
+        with torch.random.fork_rng(devices=[]):  # torchvision draws globally
+            torch.manual_seed(rng(self.seed, place // len(self), "augment", i).initial_seed())
+            return self.random(read_image(self.files.samples[i][0]))
 
-    def load(self, lists):  # uint8 (n, 3, size, size) for each list of n items, decoded ahead
-        how = dict(num_workers=self.workers, generator=torch.Generator())  # not the global one
-        images = copy.copy(self)  # a loader in a cycle with its images hangs when it is collected
-        images.ahead = None
+    def load(self, lists, seed=None):  # a batch for each list of places
+        images = copy.copy(self)  # not self: collecting a cycle with a loader hangs
+        images.ahead, images.seed = None, seed
+        how = dict(num_workers=self.workers, generator=torch.Generator())
         return iter(torch.utils.data.DataLoader(images, batch_sampler=lists, **how))
 
-    def split(self, size):  # all centres in order, like a tensor's split
+    def split(self, size):  # like a tensor's
         return self.load(torch.arange(len(self)).split(size))
 
-    def batch(self, position, size, seed):  # random parts of the images at batch_index
-        def items(count):
-            for place in itertools.count(position, size):
-                index = batch_index(count, place, size, seed).tolist()
-                yield [(seed, (place + k) // count, i) for k, i in enumerate(index)]
-
-        if self.due != (position, size, seed):  # the first, or not the one after the last
-            self.ahead = self.load(items(len(self)))
+    def batch(self, position, size, seed):
+        if self.due != (position, size, seed):  # not the next one
+            starts = itertools.count(position, size)
+            self.ahead = self.load((range(p, p + size) for p in starts), seed)
         self.due = (position + size, size, seed)
         return next(self.ahead)
 
 def class_names(root):
     """Names of the classes in ROOT/train/CLASS/... and ROOT/val/CLASS/..., ImageNet's layout."""
-    parts = [root / "train", root / "val"]
-    train, val = (sorted(path.name for path in part.glob("*/")) for part in parts)
+    train, val = (sorted(p.name for p in root.glob(f"{part}/*/")) for part in ("train", "val"))
     if len(train) < 2 or train != val:
-        raise ValueError(f"{root} needs train/ and val/ with the same folders, one a class")
+        raise ValueError(f"{root}: train/ and val/ need the same folders, one a class")
     return train
 
 @functools.lru_cache(maxsize=4)
@@ -287,44 +258,47 @@ def epoch_order(count, epoch, seed):
 def batch_index(count, position, size, seed):
     """(size,) int64: places [position, position + size) of one endless stream of shuffled epochs of
     0..count-1. Every batch is full: one that begins at an epoch's end goes on into the next."""
-    parts, place, left = [], position, size
-    while left:
-        epoch, start = divmod(place, count)
-        part = epoch_order(count, epoch, seed)[start : start + left]
-        parts.append(part)
-        place, left = place + len(part), left - len(part)
+    parts = []
+    last = (position + size - 1) // count
+    for epoch in range(position // count, last + 1):
+        start = position - epoch * count
+        order = epoch_order(count, epoch, seed)
+        parts.append(order[max(0, start) : start + size])
     return torch.cat(parts)
 
 def balanced_index(labels, count, generator):
     """(count,) int64: places of `count` images in random order, from the classes of `labels` (N,)
     as equally as class sizes allow."""
     order = torch.randperm(len(labels), generator=generator)
-    rank = torch.zeros(len(labels))
+    labels, rank = labels[order], torch.zeros_like(order)
     for label in labels.unique():
-        mine = (labels == label)[order]
-        rank[mine] = torch.arange(int(mine.sum())).float()
+        mine = labels == label
+        rank[mine] = torch.arange(int(mine.sum()))
     chosen = order[rank.argsort(stable=True)[:count]]
     return chosen[torch.randperm(len(chosen), generator=generator)]
 
 def batch(images, position, size, seed, flip=False, device=None, crop=0):
-    """The images at batch_index, in [-1, 1], mirrored and shifted at random.
-    images (N, C, H, W) uint8 -> (size, C, H, W) float32 on `device`. crop: shifted by up to so many
-    pixels each way, black coming in at the edge (He et al. 2016: pad 4, cut 32 x 32 out). An
-    ImageStream mirrors and cuts in its own way."""
+    """The images at batch_index, (size, C, H, W) in [-1, 1], mirrored at random, shifted by up to
+    `crop` pixels, black coming in (He et al. 2016). An ImageStream mirrors and cuts by itself."""
     if isinstance(images, ImageStream):
         chosen = images.batch(position, size, seed)
-        return chosen.to(device or "cpu").float().div_(127.5).sub_(1)
-    index = batch_index(len(images), position, size, seed).to(images.device)
-    real = images[index].to(device or images.device).float().div_(127.5).sub_(1)
+        return chosen.to(device=device).float().div_(127.5).sub_(1)
+    index = batch_index(len(images), position, size, seed)
+    chosen = images[index.to(images.device)].to(device=device)
+    real = chosen.float().div_(127.5).sub_(1)
     if flip:
-        mirrored = torch.rand(size, 1, 1, 1, generator=rng(seed, position, "flip")) < 0.5
-        real = torch.where(mirrored.to(real.device), real.flip(-1), real)
+        coins = torch.rand(size, 1, 1, 1, generator=rng(seed, position, "flip"))
+        mirrored = (coins < 0.5).to(real.device)
+        real = torch.where(mirrored, real.flip(-1), real)
     if crop:
         B, C, H, W = real.shape
-        dy, dx = torch.randint(2 * crop + 1, (2, B, 1, 1, 1), generator=rng(seed, position, "crop"))
-        rows, columns = dy + torch.arange(H).view(H, 1), dx + torch.arange(W)
-        which, channel = torch.arange(B).view(B, 1, 1, 1), torch.arange(C).view(C, 1, 1)
-        real = F.pad(real, (crop,) * 4, value=-1)[which, channel, rows, columns]
+        how = dict(generator=rng(seed, position, "crop"))
+        dy, dx = torch.randint(2 * crop + 1, (2, B, 1, 1, 1), **how)
+        b = torch.arange(B).view(B, 1, 1, 1)
+        c = torch.arange(C).view(C, 1, 1)
+        rows = dy + torch.arange(H).view(H, 1)  # (B, 1, H, 1)
+        columns = dx + torch.arange(W)  # (B, 1, 1, W)
+        real = F.pad(real, (crop,) * 4, value=-1)[b, c, rows, columns]
     return real
 
 def to_uint8(images):
