@@ -100,40 +100,74 @@ def shapes(count, size=32, seed=0):
         labels.append(kind.flatten())
     return torch.cat(images), torch.cat(labels)
 
-def decode_image(path, size):
-    """The centre square of a picture, uint8 (size, size, 3), or None where the file is damaged."""
+def read_image(path, grey=False):
+    """A picture file as a PIL image, RGB or of one channel: upright, on black where it is
+    transparent, and with 16 bits or floats scaled to their range, which PIL would clip at 255."""
     from PIL import Image, ImageOps
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode[0] in "IF":
+        x = np.asarray(image, np.float64)
+        tops = {"F": [1, 255, 65535], "I": [255, 65535]}.get(image.mode, [65535])
+        top = min(top for top in [*tops, x.max()] if top >= x.max())
+        image = Image.fromarray((x.clip(0) / top * 255).round().astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        black = Image.new("RGBA", image.size, "black")
+        image = Image.alpha_composite(black, image)
+    return image.convert("L" if grey else "RGB")
+
+def decode_image(path, size, grey=False):
+    """The centre square of a picture, uint8 (C, size, size), or None where it cannot be read."""
     try:
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except Exception as error:
-        sys.stderr.write(f"skipped {path}: {error}\n")
+        image = read_image(path, grey)
+    except Exception as error:  # PIL has errors of many kinds
+        print(f"skipped {path}: {error}", file=sys.stderr)
         return None
     W, H = image.size
     side = min(W, H)
     left, top = (W - side) // 2, (H - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    return np.asarray(image.resize((size, size), Image.BILINEAR))
+    image = image.crop((left, top, left + side, top + side)).resize((size, size), 2)  # bilinear
+    return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
+
+def image_folder(name, root="data"):
+    """The folder that a data set is read from by this file; None for `shapes` and torchvision's."""
+    own = {"celeba": "celeba/img_align_celeba", "imagenet": "imagenet"}
+    if name in own:
+        return Path(root, own[name])
+    return None if name in DATASETS else Path(name)
+
+def list_images(folder):
+    """The picture files below a folder, and a digest of their names and lengths. Pictures that a
+    run left there, beside its config.json, are no data."""
+    paths = sorted(Path(folder).rglob("*"))
+    paths = [p for p in paths if p.suffix.lower() in IMAGE_ENDINGS.split()]
+    runs = [p for p in {p.parent for p in paths} if (p / "config.json").exists()]
+    paths = [p for p in paths if p.parent not in runs]
+    listing = [(str(p.relative_to(folder)), p.stat().st_size) for p in paths]
+    return paths, hashlib.sha256(repr(listing).encode()).hexdigest()[:12]
 
 @functools.lru_cache(maxsize=1)
-def decode_folder(folder, size):
-    """All images below `folder` as uint8 (N, 3, size, size), in memory for the held-out part too.
-    From 1,000 images on also beside the folder as NAME-SIZE-DIGEST.npy, where that can be written;
-    the digest is of all names and times, so that a changed folder is decoded again."""
+def decode_folder(folder, size, grey=False):
+    """All images below `folder` as uint8 (N, C, size, size), in memory for the held-out part too;
+    from 1,000 images on also beside it as NAME-SIZE-DIGEST.npy, where that can be written."""
     folder = Path(folder).resolve()
-    paths = sorted(folder.rglob("*"))
-    paths = [p for p in paths if p.suffix.lower() in IMAGE_ENDINGS.split()]
-    listing = [(str(p), p.stat().st_mtime_ns) for p in paths]
-    digest = hashlib.sha256(repr(listing).encode()).hexdigest()
-    cache = Path(f"{folder}-{size}-{digest[:12]}.npy")
-    if cache.exists():
+    paths, digest = list_images(folder)
+    cache = Path(f"{folder}-{size}{'-grey' * grey}-{digest}.npy")
+    if cache.exists() and cache.stat().st_mtime > max(p.stat().st_mtime for p in paths):
         return torch.from_numpy(np.load(cache))
+    images, shown = [], time.monotonic()
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        decoded = pool.map(lambda p: decode_image(p, size), paths)
-        images = [image for image in decoded if image is not None]
+        for k, image in enumerate(pool.map(lambda p: decode_image(p, size, grey), paths)):
+            if image is not None:
+                images.append(image)
+            if time.monotonic() > shown + 10:
+                print(f"decoded {k:,} of {len(paths):,} images", flush=True)
+                shown = time.monotonic()
     if not images:
-        missing = f"no folder {folder} or no readable image below it"
-        raise ValueError(f"{missing}: {IMAGE_ENDINGS}")
-    images = np.stack(images).transpose(0, 3, 1, 2).copy()
+        raise ValueError(f"no readable image below {folder}: {IMAGE_ENDINGS}")
+    if len(images) < len(paths):
+        print(f"{len(paths) - len(images)} of {len(paths)} images cannot be read", flush=True)
+    images = np.stack(images)
     if len(paths) >= 1000:
         with contextlib.suppress(OSError):
             write_atomically(cache, lambda file: np.save(file, images))
@@ -148,19 +182,23 @@ def write_atomically(path, write):
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
-def load_images(name, root="data", size=None, train=True, labelled=False):
+def load_images(name, root="data", size=None, train=True, labelled=False, grey=False):
     """uint8 images (N, C, size, size) and int64 labels (N,) of the training or held-out part.
     name      one of DATASETS but imagenet, or the path of a folder of images (labels are all 0)
     root      where the sets lie, in torchvision's folder layout; all but CelebA are fetched
     labelled  of STL-10 5,000 images with labels, not the 100,000 without (Wang et al. 2023)
+    grey      a folder's images in one channel
     CelebA and plain folders have no test part: a tenth of a seeded permutation is held out."""
     size = size or DATASETS.get(name, FOLDER)["image_size"]
     if name == "shapes":
         return shapes(10_000, size, 0) if train else shapes(2_000, size, 1)
     if name in TORCHVISION:
         return load_torchvision_set(name, root, size, train, labelled)
-    celeba = Path(root, "celeba", "img_align_celeba")
-    images = decode_folder(celeba if name == "celeba" else name, size)
+    folder = image_folder(name, root)
+    if not folder.is_dir():
+        known = f"{', '.join(DATASETS)} or a path (celeba: unzip img_align_celeba.zip there)"
+        raise ValueError(f"no folder {folder}; a data set is {known}")
+    images = decode_folder(folder, size, grey)
     order = torch.randperm(len(images), generator=rng(0, 0, "held-out split"))
     border = len(images) - len(images) // 10
     images = images[order[:border] if train else order[border:]]
@@ -195,37 +233,41 @@ def load_torchvision_set(name, root, size, train, labelled=False):
     labels = data.labels if name == "stl10" else data.targets
     return images, torch.as_tensor(labels).long()
 
-def read_image(path):
-    """A picture file as torchvision reads it, RGB; the error names the file."""
-    from PIL import Image
-    try:
-        return Image.open(path).convert("RGB")
-    except Exception as error:
-        raise ValueError(f"cannot read {path} ({error})") from None
-
 class ImageStream(torch.utils.data.Dataset):
     """Images of FOLDER/CLASS/, uint8 (3, size, size), decoded ahead by `workers` processes, cut as
     by Chen et al. 2021: the centre to measure on; to train on a random part, mirrored at random."""
-    def __init__(self, folder, size, workers=0):
+    def __init__(self, folder, size, workers=0, flip=True, grey=False):
         vision = import_torchvision()
-        T, ImageFolder = vision.transforms, vision.datasets.ImageFolder
-        centre = T.Resize(round(size * 256 / 224)), T.CenterCrop(size), T.PILToTensor()
-        self.files = ImageFolder(folder, T.Compose(centre), loader=read_image)
+        T = vision.transforms
+        self.files = vision.datasets.ImageFolder(folder)
         self.labels = torch.tensor(self.files.targets)
+        centre = T.Resize(round(size * 256 / 224)), T.CenterCrop(size)
+        self.centre = T.Compose([*centre, T.PILToTensor()])
         part = T.RandomResizedCrop(size, (0.1, 1), (0.8, 1.25))
-        self.random = T.Compose([part, T.RandomHorizontalFlip(), T.PILToTensor()])
-        self.workers, self.seed, self.due = workers, None, None
+        mirror = T.RandomHorizontalFlip(0.5 if flip else 0.0)
+        self.random = T.Compose([part, mirror, T.PILToTensor()])
+        self.workers, self.grey, self.seed, self.due = workers, grey, None, None
 
     def __len__(self):
         return len(self.labels)
 
+    def read(self, i):  # where it cannot be read, the next image of its class
+        for k in itertools.chain(range(i, len(self)), range(i)):
+            path, label = self.files.samples[k]
+            if label == self.labels[i]:
+                try:
+                    return read_image(path, self.grey)
+                except Exception as error:
+                    print(f"skipped {path}: {error}", file=sys.stderr)
+        raise ValueError(f"no image of the class of {self.files.samples[i][0]} can be read")
+
     def __getitem__(self, place):  # of batch_index; without a seed, an index
         if self.seed is None:
-            return self.files[place][0]
+            return self.centre(self.read(place))
         i = int(batch_index(len(self), place, 1, self.seed))
         with torch.random.fork_rng(devices=[]):  # torchvision draws globally
             torch.manual_seed(rng(self.seed, place // len(self), "augment", i).initial_seed())
-            return self.random(read_image(self.files.samples[i][0]))
+            return self.random(self.read(i))
 
     def load(self, lists, seed=None):  # a batch for each list of places
         images = copy.copy(self)  # not self: collecting a cycle with a loader hangs
@@ -2257,6 +2299,8 @@ SETTINGS = {
     "device": Row(None, str, "cpu, cuda, cuda:1 ... (cuda when there is one)"),
     "out": Row(None, str, "run folder (runs/METHOD-MODEL-DATASET-SEED)"),
     "data": Row("data", str, "folder that holds the data sets"),
+    "flip": Row(None, bool, "mirror training images at random (by data set)"),
+    "grey": Row(False, bool, "read a folder of images in one channel"),
     "image_size": Row(None, int, "pixels; of most models 32, 48, 64", "[8, 1024]"),
     "z": Row(None, int, "size of the latents", "[1, 65536]", (*SAMPLED, "linear_ae", "ae")),
     "beta": Row(None, float, "weight of the KL term", "[0, inf)", VAES),
@@ -2303,7 +2347,7 @@ def parse(argv):
     for name, row in SETTINGS.items():
         how = dict(type=row.type, nargs=row.nargs)
         if row.type is bool:
-            how = dict(action="store_true", default=None)
+            how = dict(action=argparse.BooleanOptionalAction)
         takes = row.takes if isinstance(row.takes, str) else ", ".join(row.takes)
         words = f"{row.help} {takes} (default {row.default}) {' '.join(row.read_by)}"
         parser.add_argument(flag(name), dest=name, help=words, **how)
@@ -2321,6 +2365,7 @@ def check(name, value):
     for item in value if row.nargs else [value]:
         wanted = (int, float) if row.type is float else row.type
         fits = isinstance(item, wanted) and isinstance(item, bool) == (row.type is bool)
+        fits = fits and item != ""
         if fits and isinstance(row.takes, str):
             low, high = map(float, row.takes[1:-1].split(","))
             ends = {low: row.takes[0] == "[", high: row.takes[-1] == "]"}
@@ -2382,7 +2427,7 @@ def resolve(given):
 def derive(s, given):
     """Fill in settings that depend on others, refuse those that contradict each other."""
     gan, ddst = s.model in GANS, s.method == "ddst"
-    s.prune = s.prune or s.roles
+    s.prune, s.channels = s.prune or s.roles, 1 if s.grey else s.channels
     if not s.eval_every:
         s.eval_every = max(1, s.steps // 10)
         if s.method == "imp" or s.features == "inception":
@@ -2412,6 +2457,7 @@ def derive(s, given):
     refusals = {
         f"ddst balances a GAN; {s.model} has --method sdst": ddst and not gan,
         f"{s.model} needs labels, {s.dataset} has none": "net" in s.roles and not s.classes,
+        f"--grey reads folders, not {s.dataset}": s.grey and not image_folder(s.dataset),
         "--rounds and --density both end pruning; pass one": {"rounds", "density"} <= {*given},
         f"--rewind-step {s.rewind_step} is not before --steps": s.rewind_step >= s.steps,
         f"{s.model} has {s.roles}; --prune or ticket {s.prune}": not {*s.prune} <= {*s.roles},
@@ -2426,10 +2472,8 @@ def derive(s, given):
 
 def class_root(dataset, data, model):
     """The folder whose train/ and val/ a classifier's images are streamed from, or None."""
-    if model in CLASSIFIERS and dataset == "imagenet":
-        return Path(data) / "imagenet"
-    if model in CLASSIFIERS and dataset not in DATASETS:
-        return Path(dataset)
+    if model in CLASSIFIERS and dataset != "celeba":
+        return image_folder(dataset, data)
 
 def ticket_settings(given, method):
     """Settings that a run inherits from its --ticket, and the file they are from, its digest."""
@@ -2501,14 +2545,18 @@ class Run:
         network = feature_network(s.features, s.inception_weights).to(s.device)
         root = class_root(s.dataset, s.data, s.model)
         if root:
-            self.images = ImageStream(root / "train", s.image_size, s.workers)
-            self.held_out = ImageStream(root / "val", s.image_size, s.workers)
+            how = s.image_size, s.workers, s.flip, s.grey
+            self.images = ImageStream(root / "train", *how)
+            self.held_out = ImageStream(root / "val", *how)
             self.labels, self.truth = self.images.labels, self.held_out.labels
         else:
-            how = dict(root=s.data, size=s.image_size, labelled=s.model in CLASSIFIERS)
+            how = dict(root=s.data, size=s.image_size, grey=s.grey)
+            how["labelled"] = s.model in CLASSIFIERS
             self.images, self.labels = load_images(s.dataset, **how)
             self.held_out, self.truth = load_images(s.dataset, train=False, **how)
             decode_folder.cache_clear()  # the whole set a second time: free it
+        folder = image_folder(s.dataset, s.data)
+        s.data_listing = list_images(folder)[1] if folder else None
         s.data_images, held_out = len(self.images), len(self.held_out)
         if s.data_images < s.batch_size or not held_out:
             have = f"{s.data_images} images to train on and {held_out} held out"
