@@ -638,37 +638,29 @@ def prunable_modules(model):
     weight would be gone at the next forward."""
     for path, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            own = {name for name, _ in module.named_parameters()}
-            raw = own & {"weight", "parametrizations.weight.original"}
-            if len(raw) != 1:
-                known = "of parametrizations only spectral_norm is known"
-                raise ValueError(f"{path} has no raw weight, but {sorted(own)}; {known}")
-            yield f"{path}.{raw.pop()}".removeprefix("."), module
+            raw = "weight"
+            if nn.utils.parametrize.is_parametrized(module, raw):
+                raw = "parametrizations.weight.original"
+            yield f"{path}.{raw}".removeprefix("."), module
 
 def prunable_parameters(model):
     """{name: parameter} of all prunable weights; a shared one counts once, under its first name."""
-    found, seen = {}, set()
+    found = {}
     for name, _ in prunable_modules(model):
         weight = model.get_parameter(name)
-        if id(weight) not in seen:
+        if not any(weight is other for other in found.values()):
             found[name] = weight
-            seen.add(id(weight))
     return found
 
 def keep_top(scores, k):
     """Bool mask of exactly k True at the largest entries of the flat tensor `scores`.
-    Everything strictly above the k-th value, then ties by position. So an all-equal tensor keeps
-    its first k; `scores >= value`, which public code uses, would keep all of it. (topk orders ties
-    otherwise; a sort takes nine times as long as kthvalue, 11 million scores on a CPU.)"""
-    n = scores.numel()
+    Ties go by position: an all-equal tensor keeps its first k. `scores >= value`, which public code
+    uses, would keep all of it, and topk picks among ties as it likes."""
     if torch.isnan(scores).any():
         raise FloatingPointError("scores hold NaN, which has no rank")
-    if not 0 < k < n:
-        return torch.full_like(scores, k >= n, dtype=torch.bool)
-    kth = scores.kthvalue(n - k + 1).values  # the k-th largest
-    keep = scores > kth
-    missing = k - int(torch.count_nonzero(keep))
-    keep[(scores == kth).nonzero().squeeze(1)[:missing]] = True
+    order = scores.argsort(descending=True, stable=True)
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    keep[order[:k]] = True
     return keep
 
 def prune_masks(scores, density, masks=None, scope="global", keep_best=False):
@@ -681,7 +673,7 @@ def prune_masks(scores, density, masks=None, scope="global", keep_best=False):
     keep_best  the best survivor of each tensor always stays: an empty layer cuts the network in
                two, and its spectral norm is 0/0"""
     if not 0 < density <= 1:
-        raise ValueError(f"density is the share of weights kept, in (0, 1]; got {density}")
+        raise ValueError(f"density is a share in (0, 1]; got {density}")
     if scope != "global":
         pools, pruned = {}, {}
         for name, score in scores.items():
@@ -690,72 +682,74 @@ def prune_masks(scores, density, masks=None, scope="global", keep_best=False):
         for pool in pools.values():
             pruned |= prune_masks(pool, density, masks, keep_best=keep_best)
         return pruned
-    flats = [score.detach().flatten().clone() for score in scores.values()]
+    flats = [s.detach().flatten().clone() for s in scores.values()]
     for name, flat in zip(scores, flats):
         if masks:
             flat[masks[name].flatten() == 0] = -math.inf
         if keep_best and flat.max() > -math.inf:
             flat[flat.argmax()] = math.inf
-    flat = torch.cat(flats)
-    k = max(1, round(density * len(flat)))
+    pool = torch.cat(flats)
+    k = max(1, round(density * len(pool)))
     if keep_best and k < len(scores):
-        raise ValueError(f"{k} of {len(flat)} weights cannot keep {len(scores)} layers alive")
-    return split_like(keep_top(flat, k), scores)
+        raise ValueError(f"{k} of {len(pool)} weights cannot keep {len(scores)} layers alive")
+    return split_like(keep_top(pool, k), scores)
 
 def split_like(flat, tensors):
     """Cut a flat tensor into float tensors with names, shapes, memory formats of `tensors`."""
-    masks, parts = {}, flat.split([t.numel() for t in tensors.values()])
+    masks = {}
+    parts = flat.split([t.numel() for t in tensors.values()])
     for (name, t), part in zip(tensors.items(), parts):
-        mask = torch.empty_like(t, dtype=torch.float32, requires_grad=False)
+        mask = torch.empty_like(t, dtype=torch.float32)
         masks[name] = mask.copy_(part.view(t.shape))
     return masks
 
 def erk_densities(shapes, density):
     """{name: density} by the Erdos-Renyi-Kernel rule: small layers keep more. shapes {name: shape}
     density_l = eps * sum(dims_l) / prod(dims_l), capped at 1, with eps such that the mean over all
-    weights is `density`. The dims of a convolution are all four, (out, in, kh, kw), in any order.
-    Evci et al. 2020, RigL. All layers above 1 become dense at once (RigL's code: one by one): what
-    they cannot take goes to the others, so eps only rises and none would come back below 1."""
-    size = {name: math.prod(shape) for name, shape in shapes.items()}
-    ratio = {name: sum(shape) / size[name] for name, shape in shapes.items()}
-    dense, eps = set(), 0.0
+    weights is `density`. The dims of a convolution are all four, in any order. Evci et al. 2020.
+    All layers above 1 become dense at once (RigL's code: one by one): what they cannot take goes
+    to the others, so eps only rises and none would come back below 1."""
+    size = {n: math.prod(shape) for n, shape in shapes.items()}
+    ratio = {n: sum(shape) / size[n] for n, shape in shapes.items()}
+    dense = set()
     while len(dense) < len(shapes):
-        free = [name for name in shapes if name not in dense]
-        left = density * sum(size.values()) - sum(size[name] for name in dense)
-        eps = left / sum(sum(shapes[name]) for name in free)
-        full = {name for name in free if eps * ratio[name] > 1}
+        free = [n for n in shapes if n not in dense]
+        left = density * sum(size.values()) - sum(size[n] for n in dense)
+        eps = left / sum(sum(shapes[n]) for n in free)
+        full = {n for n in free if eps * ratio[n] > 1}
         if not full:
             break
         dense |= full
-    return {name: 1.0 if name in dense else eps * ratio[name] for name in shapes}
+    return {n: 1.0 if n in dense else eps * ratio[n] for n in shapes}
 
 def exact_counts(densities, sizes, total):
     """Whole numbers near densities x sizes that add up to `total`, from 1 to the size each.
-    Floors first, then the largest fractions. (The authors' code draws each weight by itself and
-    misses the total by hundreds.)"""
+    Floors first, then the largest fractions. (Drawing each weight by itself, as the authors' code
+    does, misses the total by hundreds.)"""
     if not len(sizes) <= total <= sum(sizes.values()):
-        raise ValueError(f"{total} weights cannot keep {len(sizes)} layers alive; keep more")
-    wanted = {name: densities[name] * sizes[name] for name in sizes}
-    counts = {n: min(sizes[n], max(1, math.floor(wanted[n]))) for n in sizes}
+        raise ValueError(f"{total} weights cannot keep {len(sizes)} layers alive")
+    wanted = {n: densities[n] * sizes[n] for n in sizes}
+    counts = {n: min(sizes[n], max(1, int(wanted[n]))) for n in sizes}
     while left := total - sum(counts.values()):
         step = 1 if left > 0 else -1
-        able = [name for name in sizes if 1 <= counts[name] + step <= sizes[name]]
-        able.sort(key=lambda name: step * (counts[name] - wanted[name]))  # furthest off first
-        for name in able[: abs(left)]:
-            counts[name] += step
+        able = [n for n in sizes if 1 <= counts[n] + step <= sizes[n]]
+        able.sort(key=lambda n: step * (counts[n] - wanted[n]))  # furthest off first
+        for n in able[: abs(left)]:
+            counts[n] += step
     return counts
 
 def random_masks(parameters, density, generator):
     """Masks of round(density x N) random weights, ERK over the layers, exact in every layer.
     parameters  {name: tensor}; generator: of the CPU, so that every device draws the same"""
-    sizes = {name: p.numel() for name, p in parameters.items()}
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    shapes = {n: p.shape for n, p in parameters.items()}
+    sizes = {n: p.numel() for n, p in parameters.items()}
     total = round(density * sum(sizes.values()))
     counts = exact_counts(erk_densities(shapes, density), sizes, total)
-    flats = {name: torch.zeros(size) for name, size in sizes.items()}
-    for name, flat in flats.items():
-        flat[torch.randperm(len(flat), generator=generator)[: counts[name]]] = 1
-    return split_like(torch.cat(list(flats.values())), parameters)
+    flats = [torch.zeros(size) for size in sizes.values()]
+    for flat, count in zip(flats, counts.values()):
+        order = torch.randperm(len(flat), generator=generator)
+        flat[order[:count]] = 1
+    return split_like(torch.cat(flats), parameters)
 
 def erk_masks(nets, densities, seed):
     """random_masks of the networks in `densities` {role: share}, by flat names, from a seed."""
@@ -770,21 +764,20 @@ def shuffle_masks(masks, generator):
     """Each mask permuted within its layer by a CPU generator: only its number kept is left."""
     shuffled = {}
     for name, mask in masks.items():
-        order = torch.randperm(mask.numel(), generator=generator).to(mask.device)
-        flat = mask.flatten()[order]
-        shuffled[name] = torch.empty_like(mask).copy_(flat.view(mask.shape))
+        order = torch.randperm(mask.numel(), generator=generator)
+        flat = mask.flatten()[order.to(mask.device)]
+        shuffled |= split_like(flat, {name: mask})
     return shuffled
 
 @torch.no_grad()
 def apply_masks_(model, masks):
     """Set the pruned weights of `model` to 0, in place; masks by the model's parameter names."""
-    weights = [model.get_parameter(name) for name in masks or ()]
-    if weights:
-        torch._foreach_mul_(weights, list(masks.values()))
+    for name, mask in (masks or {}).items():
+        model.get_parameter(name).mul_(mask)
 
 def counts_of(masks):
     """{name: number of weights kept}. count_nonzero: float32 has not every number above 2^24."""
-    return {name: int(torch.count_nonzero(mask)) for name, mask in masks.items()}
+    return {name: int(m.count_nonzero()) for name, m in masks.items()}
 
 def kept(masks):
     """Number of weights kept over all masks, an int."""
@@ -792,12 +785,13 @@ def kept(masks):
 
 def density(masks):
     """Share of weights kept over all masks; 1 where there is none."""
-    return kept(masks) / sum(m.numel() for m in masks.values()) if masks else 1.0
+    total = sum(m.numel() for m in masks.values())
+    return kept(masks) / total if masks else 1.0
 
 def of_role(tensors, role):
     """The part of a flat dict that belongs to one network, without the role's prefix."""
-    names = {name.removeprefix(f"{role}."): name for name in tensors if name.startswith(f"{role}.")}
-    return {short: tensors[name] for short, name in names.items()}
+    names = [name for name in tensors if name.startswith(f"{role}.")]
+    return {name.removeprefix(f"{role}."): tensors[name] for name in names}
 
 # ==================================================================================================
 # 4. OBJECTIVES: one training step each. A step gets tensors, does its own optimizer steps and masks
