@@ -340,30 +340,30 @@ def latents(count, z, seed, step, purpose, k=0, device="cpu"):
 #    generator), at 32, 48 and 64 pixels. The class and the names inside are the same in every role,
 #    so a ticket of one can be tried in the other. Beside them a linear autoencoder and ResNets.
 
-# Objective and defaults. g_batches: G's batch in batches of D. ema: longest decay of the average of
-# G's weights, 0 = none. clip: D's weights stay in [-clip, clip], 0 = off. rewind_step: at most a
-# tenth of the steps. crop: pixels that a training image is shifted by.
-BASE = dict(optimizer="adam", z=64, crop=0, rewind_step=10, ema=0.0, g_batches=0)
-GAN = BASE | dict(roles=["G", "D"], n_critic=1, g_batches=1, clip=0.0, batch_size=64)
+# Defaults. g_batches: G's batch in batches of D. ema: longest decay of the average of G's weights,
+# 0 = none. clip: D's weights stay in [-clip, clip], 0 = off. rewind_step: at most a tenth of the
+# steps. crop: pixels that a training image is shifted by. schedule: see lr_factor.
+BASE = dict(optimizer="adam", batch_size=128, rewind_step=10, crop=0, ema=0.0, g_batches=0)
+GAN = BASE | dict(roles=["G", "D"], z=64, batch_size=64, n_critic=1, g_batches=1, clip=0.0)
 DCGAN = GAN | dict(objective="non-saturating", lr=2e-4, betas=(0.5, 0.999), steps=50_000)
 SNGAN = GAN | dict(objective="hinge", lr=2e-4, betas=(0.0, 0.9), steps=100_000)
 SNGAN |= dict(z=128, n_critic=5, g_batches=2, ema=0.999)
 WGAN = GAN | dict(objective="wasserstein", lr=5e-5, betas=(0.0, 0.99), steps=100_000)
 # Clipped weights are small: in one pool with G's, D's would be pruned first.
 WGAN |= dict(n_critic=5, optimizer="rmsprop", clip=0.01, scope="network")
-AE = BASE | dict(roles=["encoder", "decoder"], objective="reconstruction", batch_size=128)
-AE |= dict(lr=1e-3, betas=(0.9, 0.999), steps=40_000)
-VAE = AE | dict(objective="variational", beta=1.0)  # beta-VAE: --beta 4
-RESNET = BASE | dict(roles=["net"], objective="cross-entropy", optimizer="sgd", lr=0.1, z=None)
-RESNET |= dict(betas=(0.9, 0.0), steps=62_560, batch_size=128, rewind_step=1000)
-RESNET |= dict(crop=4, schedule={})
+AE = BASE | dict(roles=["encoder", "decoder"], z=64)
+AE |= dict(objective="reconstruction", lr=1e-3, betas=(0.9, 0.999), steps=40_000)
+VAE = AE | dict(objective="variational", beta=1.0)
+RESNET = BASE | dict(roles=["net"], objective="cross-entropy", optimizer="sgd", lr=0.1)
+RESNET |= dict(betas=(0.9, 0.0), steps=62_560, rewind_step=1000, crop=4, schedule={})
 IMAGENET = RESNET | dict(lr=0.4, steps=112_680, batch_size=1024, rewind_step=6_260)
-IMAGENET |= dict(schedule=dict(drops=(30 / 90, 60 / 90, 80 / 90), warmup=5 / 90))  # 90 epochs
+DROPS = (30 / 90, 60 / 90, 80 / 90)  # after so many of 90 epochs
+IMAGENET |= dict(schedule=dict(drops=DROPS, warmup=5 / 90))
 # Blocks per stage of torchvision's ResNets; resnet26 is Chen et al.'s, between the other two.
-STAGES = {"resnet18": (2, 2, 2, 2), "resnet26": (2, 3, 4, 3), "resnet34": (3, 4, 6, 3)}
+STAGES = dict(resnet18=(2, 2, 2, 2), resnet26=(2, 3, 4, 3), resnet34=(3, 4, 6, 3))
 # wgan and the resnet_ models are reconstructions: Kalibhat et al. give no complete layer lists.
 MODELS = {
-    "sngan": SNGAN,  # Miyato et al. 2018, with Wang et al.'s settings
+    "sngan": SNGAN,  # Miyato et al. 2018
     "dcgan": DCGAN,  # Radford et al. 2016
     "wgan": WGAN,  # Arjovsky et al. 2017
     "resnet_dcgan": DCGAN | dict(z=128),
@@ -371,28 +371,29 @@ MODELS = {
     "ae": AE,
     "vae": VAE,  # Kingma & Welling 2014
     "resnet_vae": VAE | dict(z=128),
-    **{f"resnet{depth}": RESNET for depth in (14, 20, 32, 44, 56, 110)},  # Chen et al. 2021
-    **dict.fromkeys(STAGES, IMAGENET),
 }
-GANS, VAES = ("sngan", "dcgan", "wgan", "resnet_dcgan"), ("vae", "resnet_vae")
+MODELS |= {f"resnet{n}": RESNET for n in (14, 20, 32, 44, 56, 110)}
+MODELS |= dict.fromkeys(STAGES, IMAGENET)
+GANS = ("sngan", "dcgan", "wgan", "resnet_dcgan")
+VAES = ("vae", "resnet_vae")
 SAMPLED = (*GANS, *VAES)  # have samples, and so a distance
-CLASSIFIERS = tuple(name for name in MODELS if name not in (*SAMPLED, "linear_ae", "ae"))
+CLASSIFIERS = tuple(m for m in MODELS if "net" in MODELS[m]["roles"])
 # On shapes, for minutes on a CPU. At their own lr 2,000 steps of sngan or dcgan give blobs.
-SMALL = dict(width=0.125, batch_size=16, steps=2000)
+SHORT = dict(batch_size=64, steps=400)
+SMALL = dict(batch_size=16, steps=2000, width=0.125)
 SHAPES_PRESET = {
-    **dict.fromkeys(MODELS, dict(width=0.25, batch_size=64, steps=1000)),
-    **dict.fromkeys(CLASSIFIERS, dict(width=0.5, batch_size=64, steps=400)),
-    **dict.fromkeys(STAGES, dict(batch_size=64, steps=400)),
+    **dict.fromkeys(MODELS, dict(batch_size=64, steps=1000, width=0.25)),
+    **dict.fromkeys(CLASSIFIERS, SHORT | dict(width=0.5)),
+    **dict.fromkeys(STAGES, SHORT),
     **dict.fromkeys(GANS, SMALL),
     "sngan": SMALL | dict(n_critic=1, lr=1e-3),
     "dcgan": SMALL | dict(lr=2e-3, ema=0.99),
 }
 
 class Encoder(nn.Module):
-    """Strided convolutions, image to vector: c-w-2w-4w-8w (kernel 4, stride 2, padding 1), then one
-    as large as what is left. w is `base`, the channels of the first convolution; 64 in the paper.
-    (B, channels, size, size) -> (B, out). `leaky` is the slope for negative inputs: .2 as a
-    discriminator, 0 (ReLU) as an encoder. Batch norm after every convolution but the head."""
+    """Strided convolutions, image to vector: c-w-2w-4w-8w, then one as large as what is left.
+    (B, channels, size, size) -> (B, out). `base` is w, 64 in the paper; `leaky` is the slope for
+    negative inputs: .2 as a discriminator, 0 (ReLU) as an encoder."""
     def __init__(self, size, channels, base, out, leaky=0.0):
         super().__init__()
         widths = [channels, base, 2 * base, 4 * base, 8 * base]
@@ -402,10 +403,11 @@ class Encoder(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths[1:])
         self.head = nn.Conv2d(8 * base, out, size // 16)
 
-    def forward(self, x):                                # (B, c, S, S)
+    def forward(self, x):  # (B, c, S, S)
         for conv, norm in zip(self.convs, self.norms):
-            x = F.leaky_relu(norm(conv(x)), self.leaky)  # (B, w..8w, S/2..S/16, S/2..S/16)
-        return self.head(x).flatten(1)                   # (B, out)
+            x = norm(conv(x))  # (B, w..8w, S/2..S/16, S/2..S/16)
+            x = F.leaky_relu(x, self.leaky)
+        return self.head(x).flatten(1)  # (B, out)
 
 class Decoder(nn.Module):
     """The mirror of Encoder, vector to image: (B, z) -> (B, channels, size, size) in [-1, 1]."""
@@ -418,57 +420,58 @@ class Decoder(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm2d(a) for a in widths[:-1])
         self.convs = nn.ModuleList(nn.ConvTranspose2d(a, b, 4, 2, 1) for a, b in pairs)
 
-    def forward(self, z):                                # (B, z)
-        x = self.stem(z[:, :, None, None])               # (B, 8w, S/16, S/16)
+    def forward(self, z):  # (B, z)
+        x = self.stem(z[:, :, None, None])  # (B, 8w, S/16, S/16)
         for norm, conv in zip(self.norms, self.convs):
-            x = conv(F.relu(norm(x)))                    # (B, 4w..c, S/8..S, S/8..S)
+            x = conv(F.relu(norm(x)))  # (B, 4w..c, S/8..S, S/8..S)
         return x.tanh()
+
+# Channels of SNGAN's generator by size of the image, at width 1.
+RES_G = {32: [256] * 4, 48: [512, 256, 128, 64], 64: [1024, 512, 256, 128, 64]}
+
+def scaled(channels, width):
+    """Numbers of channels times `width`, each at least 1."""
+    return [max(1, round(width * c)) for c in channels]
 
 class UpBlock(nn.Module):
     """BN-ReLU-up-conv-BN-ReLU-conv beside up-1x1 conv; doubles the side. Miyato et al. 2018."""
     def __init__(self, cin, cout):
         super().__init__()
-        self.norm1, self.norm2 = nn.BatchNorm2d(cin), nn.BatchNorm2d(cout)
+        self.norm1 = nn.BatchNorm2d(cin)
+        self.norm2 = nn.BatchNorm2d(cout)
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
         self.shortcut = nn.Conv2d(cin, cout, 1)
+        self.up = nn.Upsample(scale_factor=2)
 
-    def forward(self, x):                                # (B, cin, s, s) -> (B, cout, 2s, 2s)
-        h = self.conv1(F.interpolate(F.relu(self.norm1(x)), scale_factor=2))
+    def forward(self, x):  # (B, cin, s, s) -> (B, cout, 2s, 2s)
+        h = self.conv1(self.up(F.relu(self.norm1(x))))
         h = self.conv2(F.relu(self.norm2(h)))
-        return h + self.shortcut(F.interpolate(x, scale_factor=2))
+        return h + self.shortcut(self.up(x))
 
 class DownBlock(nn.Module):
-    """[norm]-ReLU-conv-[norm]-ReLU-conv-pool beside a 1x1 conv; halves the side when `down`.
+    """[norm]-ReLU-conv-[norm]-ReLU-conv-pool beside 1x1 conv-pool; halves the side when `down`,
+    otherwise without pools and 1x1 conv, and cin == cout.
     The block that sees the image has nothing before its first convolution, and its shortcut pools
     before the 1x1 (a third of the work; elsewhere the 1x1 comes first, as published)."""
     def __init__(self, cin, cout, down, sees_image, batch_norm):
         super().__init__()
-        self.down, self.sees_image = down, sees_image
-        self.norm1 = nn.BatchNorm2d(cin) if batch_norm and not sees_image else nn.Identity()
-        self.norm2 = nn.BatchNorm2d(cout) if batch_norm else nn.Identity()
+        norm = nn.BatchNorm2d if batch_norm else nn.Identity
+        self.sees_image = sees_image
+        self.norm1 = nn.Identity() if sees_image else norm(cin)
+        self.norm2 = norm(cout)
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
-        self.shortcut = nn.Conv2d(cin, cout, 1) if down or cin != cout else nn.Identity()
+        self.shortcut = nn.Conv2d(cin, cout, 1) if down else nn.Identity()
+        self.pool = nn.AvgPool2d(2) if down else nn.Identity()
 
-    def forward(self, x):                                # (B, cin, s, s) -> (B, cout, s/2, s/2)
-        h = self.conv1(x if self.sees_image else F.relu(self.norm1(x)))
-        h = self.conv2(F.relu(self.norm2(h)))
-        if not self.down:
-            return h + self.shortcut(x)
+    def forward(self, x):  # (B, cin, s, s) -> (B, cout, s/2, s/2)
+        h = x if self.sees_image else F.relu(self.norm1(x))
+        h = F.relu(self.norm2(self.conv1(h)))
+        h = self.pool(self.conv2(h))
         if self.sees_image:
-            return F.avg_pool2d(h, 2) + self.shortcut(F.avg_pool2d(x, 2))
-        return F.avg_pool2d(h, 2) + F.avg_pool2d(self.shortcut(x), 2)
-
-def res_widths(size, width):
-    """Channels of the SNGAN trunks at `size`: generator's, discriminator's; which blocks halve."""
-    if size == 32:
-        g, d, down = [256] * 4, [128] * 4, [True, True, False, False]
-    else:  # 48 and 64 share a discriminator; 64 has one more up-block
-        g = [512, 256, 128, 64] if size == 48 else [1024, 512, 256, 128, 64]
-        d, down = [64, 128, 256, 512, 1024], [True] * 5
-    g, d = ([max(1, round(width * channels)) for channels in row] for row in (g, d))
-    return g, d, down
+            return h + self.shortcut(self.pool(x))
+        return h + self.pool(self.shortcut(x))
 
 class ResDecoder(nn.Module):
     """SNGAN's generator: linear to a 4x4 (48: 6x6) map, up-blocks, BN-ReLU-conv, tanh.
@@ -476,18 +479,18 @@ class ResDecoder(nn.Module):
     4,276,739 parameters at 32 pixels and 4,878,083 at 48 (Wang et al. 2023; Miyato et al. 2018)."""
     def __init__(self, size, channels, width, z):
         super().__init__()
-        widths, _, _ = res_widths(size, width)
-        self.z, self.bottom = z, size >> (len(widths) - 1)
+        widths = scaled(RES_G[size], width)
+        self.z, self.bottom = z, 6 if size == 48 else 4
         self.stem = nn.Linear(z, widths[0] * self.bottom**2)
-        self.blocks = nn.ModuleList(UpBlock(a, b) for a, b in zip(widths, widths[1:]))
+        blocks = [UpBlock(a, b) for a, b in zip(widths, widths[1:])]
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.BatchNorm2d(widths[-1])
         self.head = nn.Conv2d(widths[-1], channels, 3, padding=1)
 
-    def forward(self, z):                                # (B, z)
+    def forward(self, z):  # (B, z)
         x = self.stem(z).unflatten(1, (-1, self.bottom, self.bottom))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(F.relu(self.norm(x))).tanh()    # (B, c, S, S)
+        x = F.relu(self.norm(self.blocks(x)))
+        return self.head(x).tanh()  # (B, c, S, S)
 
 class ResEncoder(nn.Module):
     """SNGAN's discriminator trunk: down-blocks, ReLU, pool over space, linear. No norm of its own,
@@ -497,31 +500,33 @@ class ResEncoder(nn.Module):
     positions would start a VAE at a log-variance of 14."""
     def __init__(self, size, channels, width, out, batch_norm=False):
         super().__init__()
-        _, widths, down = res_widths(size, width)
-        widths = [channels] + widths
+        widths = [128] * 4 if size == 32 else [64, 128, 256, 512, 1024]
+        widths = [channels, *scaled(widths, width)]
         self.sum_pool = size == 32 and not batch_norm
-        self.blocks = nn.ModuleList()
-        for i, halve in enumerate(down):
-            self.blocks.append(DownBlock(*widths[i : i + 2], halve, i == 0, batch_norm))
-        self.norm = nn.BatchNorm2d(widths[-1]) if batch_norm else nn.Identity()
+        self.blocks = nn.Sequential()
+        for i, pair in enumerate(zip(widths, widths[1:])):
+            down = size > 32 or i < 2
+            self.blocks.append(DownBlock(*pair, down, i == 0, batch_norm))
+        norm = nn.BatchNorm2d if batch_norm else nn.Identity
+        self.norm = norm(widths[-1])
         self.head = nn.Linear(widths[-1], out, bias=not self.sum_pool)
 
-    def forward(self, x):                                # (B, c, S, S)
-        for block in self.blocks:
-            x = block(x)
-        x = F.relu(self.norm(x))                         # (B, w, s, s)
-        return self.head(x.sum((2, 3)) if self.sum_pool else x.mean((2, 3)))
+    def forward(self, x):  # (B, c, S, S)
+        x = F.relu(self.norm(self.blocks(x)))  # (B, w, s, s)
+        x = x.sum((2, 3)) if self.sum_pool else x.mean((2, 3))
+        return self.head(x)
 
 class Linears(nn.Module):
     """Linear layers with ReLU between. Encoder: images -> (B, widths[-1]). With `shape` (c, S, S) a
     decoder: (B, z) -> images of that shape, in [-1, 1]."""
     def __init__(self, widths, shape=None):
         super().__init__()
+        pairs = zip(widths, widths[1:])
         self.z, self.shape = widths[0], shape
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairs)
 
     def forward(self, x):
-        x = x.flatten(1)                                 # (B, c S S); (B, z) stays as it is
+        x = x.flatten(1)  # (B, c S S), or still (B, z)
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         x = self.layers[-1](x)
@@ -542,7 +547,8 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(cout))
 
     def forward(self, x):
-        h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        h = F.relu(self.bn1(self.conv1(x)))
+        h = self.bn2(self.conv2(h))
         return F.relu(h + self.shortcut(x))
 
 class CifarResNet(nn.Module):
@@ -550,75 +556,83 @@ class CifarResNet(nn.Module):
     (B, channels, S, S) -> logits (B, classes). Names as in the code of Chen et al. 2021."""
     def __init__(self, depth, width, channels, classes):
         super().__init__()
-        w = [max(1, round(width * stage)) for stage in (16, 32, 64)]
-        self.conv = nn.Conv2d(channels, w[0], 3, 1, 1, bias=False)
-        self.bn = nn.BatchNorm2d(w[0])
-        self.blocks, cin = nn.ModuleList(), w[0]
-        for stage, cout in enumerate(w):
+        widths = scaled((16, 32, 64), width)
+        cin = widths[0]
+        self.conv = nn.Conv2d(channels, cin, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(cin)
+        self.blocks = nn.Sequential()
+        for stage, cout in enumerate(widths):
             for i in range((depth - 2) // 6):
-                self.blocks.append(BasicBlock(cin, cout, 2 if stage > 0 and i == 0 else 1))
+                stride = 2 if stage > 0 and i == 0 else 1
+                self.blocks.append(BasicBlock(cin, cout, stride))
                 cin = cout
-        self.fc = nn.Linear(w[2], classes)
+        self.fc = nn.Linear(cin, classes)
 
-    def forward(self, x):                                # (B, c, S, S)
-        x = F.relu(self.bn(self.conv(x)))
-        for block in self.blocks:
-            x = block(x)                                 # (B, 16..64, S..S/4, S..S/4)
+    def forward(self, x):  # (B, c, S, S)
+        x = F.relu(self.bn(self.conv(x)))  # (B, 16, S, S)
+        x = self.blocks(x)  # (B, 64, S/4, S/4)
         return self.fc(x.mean((2, 3)))
 
 def build_classifier(model, width, channels, classes):
     """{"net"}: a CIFAR ResNet or torchvision's, initialised as Chen et al. 2021 do."""
     if model in STAGES:
         models = import_torchvision().models
-        net = models.ResNet(models.resnet.BasicBlock, STAGES[model], num_classes=classes)
+        block = models.resnet.BasicBlock
+        net = models.ResNet(block, STAGES[model], num_classes=classes)
         if channels != 3:
             net.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
     else:
-        net = CifarResNet(int(model.removeprefix("resnet")), width, channels, classes)
-    for module in net.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.kaiming_normal_(module.weight)
-        elif isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight)
+        depth = int(model.removeprefix("resnet"))
+        net = CifarResNet(depth, width, channels, classes)
+    for layer in net.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(layer.weight)
+        elif isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight)
     return {"net": net}
 
 def build_pair(model, size, channels, width, z):
     """{"G", "D"} of a GAN or {"encoder", "decoder"} of an autoencoder."""
-    gan, base = model in GANS, max(1, round(64 * width))
-    out = 1 if gan else 2 * z if model in VAES else z
+    gan = model in GANS
+    out = 2 * z if model in VAES else z
+    if gan:
+        out = 1
     if model == "linear_ae":
-        hidden = [max(1, round(width * units)) for units in (128, 64, 12)]
+        hidden = scaled((128, 64, 12), width)
         widths = [channels * size**2, *hidden, z]
         encoder = Linears(widths)
         decoder = Linears(widths[::-1], (channels, size, size))
     elif model in ("dcgan", "wgan", "ae", "vae"):
+        base = max(1, round(64 * width))
         decoder = Decoder(size, channels, base, z)
         encoder = Encoder(size, channels, base, out, 0.2 if gan else 0.0)
     else:
+        norm = model != "sngan"
         decoder = ResDecoder(size, channels, width, z)
-        encoder = ResEncoder(size, channels, width, out, batch_norm=model != "sngan")
+        encoder = ResEncoder(size, channels, width, out, norm)
     for net in (decoder, encoder) if model == "sngan" else ():
-        for layer in [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]:
+        for layer in list(net.modules()):
+            if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+                continue
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-            if net is encoder:  # after the init: it keeps the raw weight under another name
+            if net is encoder:  # last: it hides the raw weight
                 nn.utils.parametrizations.spectral_norm(layer)
-    return {"G": decoder, "D": encoder} if gan else {"encoder": encoder, "decoder": decoder}
+    if gan:
+        return {"G": decoder, "D": encoder}
+    return {"encoder": encoder, "decoder": decoder}
 
 def build(model, size=32, channels=3, width=1.0, z=None, seed=0, classes=10, draw=0):
     """nn.ModuleDict of a freshly initialised model: {"G", "D"}, {"encoder", "decoder"} or {"net"}.
     G, decoder: latents (B, z) -> images; D: images -> (B, 1) logits; encoder: images -> (B, z), or
     for a VAE (B, 2z), mean and log-variance; net: images -> (B, classes) logits. Initialised under
-    a seed of its own, the caller's random state stays; draw 1, 2, ... are other weights. sngan:
-    Xavier uniform, zero biases; classifiers: Kaiming normal, batch norm's scale uniform in 0..1;
-    others PyTorch's default. Weights lie channels last: a CPU's step is a quarter shorter."""
-    trunks = model not in CLASSIFIERS and model != "linear_ae"
-    if size not in (32, 48, 64) if trunks else not 8 <= size <= 1024:
-        sizes = "32, 48 or 64" if trunks else "8 to 1024"
-        raise ValueError(f"{model} is built for images of {sizes} pixels; got {size}")
+    a seed of its own, the caller's random state stays; draw 1, 2, ... are other weights. Weights
+    lie channels last: a CPU's step is a quarter shorter."""
+    if model not in (*CLASSIFIERS, "linear_ae") and size not in (32, 48, 64):
+        raise ValueError(f"{model} is built for 32, 48 or 64 pixels; got {size}")
     if model in STAGES and width != 1:
-        raise ValueError(f"{model} is torchvision's, which has one width; got width {width}")
+        raise ValueError(f"{model} has one width, torchvision's; got {width}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(rng(seed, 0, "weights", draw).initial_seed())
         if model in CLASSIFIERS:
