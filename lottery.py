@@ -337,8 +337,8 @@ def latents(count, z, seed, step, purpose, k=0, device="cpu"):
 
 # ==================================================================================================
 # 2. MODELS: two families of trunks, each an encoder (also: discriminator) and a decoder (also:
-#    generator), at 32, 48 and 64 pixels. The class and the names inside are the same in every role,
-#    so a ticket of one can be tried in the other. Beside them a linear autoencoder and ResNets.
+#    generator), at 32, 48 and 64 pixels. Class and names inside are the same in both roles: a ticket
+#    of one can be tried in the other. Beside them a linear autoencoder and ResNets.
 
 # Defaults. g_batches: G's batch in batches of D. ema: longest decay of the average of G's weights,
 # 0 = none. clip: D's weights stay in [-clip, clip], 0 = off. rewind_step: at most a tenth of the
@@ -357,8 +357,7 @@ VAE = AE | dict(objective="variational", beta=1.0)
 RESNET = BASE | dict(roles=["net"], objective="cross-entropy", optimizer="sgd", lr=0.1)
 RESNET |= dict(betas=(0.9, 0.0), steps=62_560, rewind_step=1000, crop=4, schedule={})
 IMAGENET = RESNET | dict(lr=0.4, steps=112_680, batch_size=1024, rewind_step=6_260)
-DROPS = (30 / 90, 60 / 90, 80 / 90)  # after so many of 90 epochs
-IMAGENET |= dict(schedule=dict(drops=DROPS, warmup=5 / 90))
+IMAGENET |= dict(schedule=dict(drops=(30 / 90, 60 / 90, 80 / 90), warmup=5 / 90))  # 90 epochs
 # Blocks per stage of torchvision's ResNets; resnet26 is Chen et al.'s, between the other two.
 STAGES = dict(resnet18=(2, 2, 2, 2), resnet26=(2, 3, 4, 3), resnet34=(3, 4, 6, 3))
 # wgan and the resnet_ models are reconstructions: Kalibhat et al. give no complete layer lists.
@@ -392,8 +391,8 @@ SHAPES_PRESET = {
 
 class Encoder(nn.Module):
     """Strided convolutions, image to vector: c-w-2w-4w-8w, then one as large as what is left.
-    (B, channels, size, size) -> (B, out). `base` is w, 64 in the paper; `leaky` is the slope for
-    negative inputs: .2 as a discriminator, 0 (ReLU) as an encoder."""
+    (B, channels, size, size) -> (B, out). `base` is w, 64 in the paper; `leaky` the slope below 0:
+    .2 as a discriminator, 0 as an encoder."""
     def __init__(self, size, channels, base, out, leaky=0.0):
         super().__init__()
         widths = [channels, base, 2 * base, 4 * base, 8 * base]
@@ -426,19 +425,11 @@ class Decoder(nn.Module):
             x = conv(F.relu(norm(x)))  # (B, 4w..c, S/8..S, S/8..S)
         return x.tanh()
 
-# Channels of SNGAN's generator by size of the image, at width 1.
-RES_G = {32: [256] * 4, 48: [512, 256, 128, 64], 64: [1024, 512, 256, 128, 64]}
-
-def scaled(channels, width):
-    """Numbers of channels times `width`, each at least 1."""
-    return [max(1, round(width * c)) for c in channels]
-
 class UpBlock(nn.Module):
     """BN-ReLU-up-conv-BN-ReLU-conv beside up-1x1 conv; doubles the side. Miyato et al. 2018."""
     def __init__(self, cin, cout):
         super().__init__()
-        self.norm1 = nn.BatchNorm2d(cin)
-        self.norm2 = nn.BatchNorm2d(cout)
+        self.norm1, self.norm2 = nn.BatchNorm2d(cin), nn.BatchNorm2d(cout)
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
         self.shortcut = nn.Conv2d(cin, cout, 1)
@@ -450,8 +441,7 @@ class UpBlock(nn.Module):
         return h + self.shortcut(self.up(x))
 
 class DownBlock(nn.Module):
-    """[norm]-ReLU-conv-[norm]-ReLU-conv-pool beside 1x1 conv-pool; halves the side when `down`,
-    otherwise without pools and 1x1 conv, and cin == cout.
+    """[norm]-ReLU-conv-[norm]-ReLU-conv-pool beside 1x1 conv-pool; without `down` no pool, no 1x1.
     The block that sees the image has nothing before its first convolution, and its shortcut pools
     before the 1x1 (a third of the work; elsewhere the 1x1 comes first, as published)."""
     def __init__(self, cin, cout, down, sees_image, batch_norm):
@@ -479,7 +469,8 @@ class ResDecoder(nn.Module):
     4,276,739 parameters at 32 pixels and 4,878,083 at 48 (Wang et al. 2023; Miyato et al. 2018)."""
     def __init__(self, size, channels, width, z):
         super().__init__()
-        widths = scaled(RES_G[size], width)
+        g = {32: [256] * 4, 48: [512, 256, 128, 64], 64: [1024, 512, 256, 128, 64]}
+        widths = [max(1, round(width * c)) for c in g[size]]
         self.z, self.bottom = z, 6 if size == 48 else 4
         self.stem = nn.Linear(z, widths[0] * self.bottom**2)
         blocks = [UpBlock(a, b) for a, b in zip(widths, widths[1:])]
@@ -493,22 +484,20 @@ class ResDecoder(nn.Module):
         return self.head(x).tanh()  # (B, c, S, S)
 
 class ResEncoder(nn.Module):
-    """SNGAN's discriminator trunk: down-blocks, ReLU, pool over space, linear. No norm of its own,
-    or batch norm; `build` puts spectral norm on it. (B, channels, size, size) -> (B, out).
-    As published: at 32 pixels the pool is a sum, the linear layer has no bias (1,053,824
-    parameters); at 48 a mean, a bias (19,542,721). With batch norm always a mean: a sum of 64
-    positions would start a VAE at a log-variance of 14."""
+    """SNGAN's discriminator trunk: down-blocks, ReLU, pool over space, linear. Spectral norm comes
+    from `build`. (B, channels, size, size) -> (B, out). As published: at 32 pixels a sum, no bias
+    (1,053,824 parameters); at 48 a mean, a bias (19,542,721). With batch norm always a mean: a sum
+    of 64 positions would start a VAE at a log-variance of 14."""
     def __init__(self, size, channels, width, out, batch_norm=False):
         super().__init__()
-        widths = [128] * 4 if size == 32 else [64, 128, 256, 512, 1024]
-        widths = [channels, *scaled(widths, width)]
+        d = [128] * 4 if size == 32 else [64, 128, 256, 512, 1024]
+        widths = [channels] + [max(1, round(width * c)) for c in d]
         self.sum_pool = size == 32 and not batch_norm
         self.blocks = nn.Sequential()
         for i, pair in enumerate(zip(widths, widths[1:])):
             down = size > 32 or i < 2
             self.blocks.append(DownBlock(*pair, down, i == 0, batch_norm))
-        norm = nn.BatchNorm2d if batch_norm else nn.Identity
-        self.norm = norm(widths[-1])
+        self.norm = nn.BatchNorm2d(widths[-1]) if batch_norm else nn.Identity()
         self.head = nn.Linear(widths[-1], out, bias=not self.sum_pool)
 
     def forward(self, x):  # (B, c, S, S)
@@ -556,7 +545,7 @@ class CifarResNet(nn.Module):
     (B, channels, S, S) -> logits (B, classes). Names as in the code of Chen et al. 2021."""
     def __init__(self, depth, width, channels, classes):
         super().__init__()
-        widths = scaled((16, 32, 64), width)
+        widths = [max(1, round(width * c)) for c in (16, 32, 64)]
         cin = widths[0]
         self.conv = nn.Conv2d(channels, cin, 3, 1, 1, bias=False)
         self.bn = nn.BatchNorm2d(cin)
@@ -576,14 +565,12 @@ class CifarResNet(nn.Module):
 def build_classifier(model, width, channels, classes):
     """{"net"}: a CIFAR ResNet or torchvision's, initialised as Chen et al. 2021 do."""
     if model in STAGES:
-        models = import_torchvision().models
-        block = models.resnet.BasicBlock
-        net = models.ResNet(block, STAGES[model], num_classes=classes)
+        resnet = import_torchvision().models.resnet
+        net = resnet.ResNet(resnet.BasicBlock, STAGES[model], num_classes=classes)
         if channels != 3:
             net.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
     else:
-        depth = int(model.removeprefix("resnet"))
-        net = CifarResNet(depth, width, channels, classes)
+        net = CifarResNet(int(model.removeprefix("resnet")), width, channels, classes)
     for layer in net.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(layer.weight)
@@ -598,7 +585,7 @@ def build_pair(model, size, channels, width, z):
     if gan:
         out = 1
     if model == "linear_ae":
-        hidden = scaled((128, 64, 12), width)
+        hidden = [max(1, round(width * c)) for c in (128, 64, 12)]
         widths = [channels * size**2, *hidden, z]
         encoder = Linears(widths)
         decoder = Linears(widths[::-1], (channels, size, size))
@@ -607,9 +594,8 @@ def build_pair(model, size, channels, width, z):
         decoder = Decoder(size, channels, base, z)
         encoder = Encoder(size, channels, base, out, 0.2 if gan else 0.0)
     else:
-        norm = model != "sngan"
         decoder = ResDecoder(size, channels, width, z)
-        encoder = ResEncoder(size, channels, width, out, norm)
+        encoder = ResEncoder(size, channels, width, out, batch_norm=model != "sngan")
     for net in (decoder, encoder) if model == "sngan" else ():
         for layer in list(net.modules()):
             if not isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -626,9 +612,8 @@ def build_pair(model, size, channels, width, z):
 def build(model, size=32, channels=3, width=1.0, z=None, seed=0, classes=10, draw=0):
     """nn.ModuleDict of a freshly initialised model: {"G", "D"}, {"encoder", "decoder"} or {"net"}.
     G, decoder: latents (B, z) -> images; D: images -> (B, 1) logits; encoder: images -> (B, z), or
-    for a VAE (B, 2z), mean and log-variance; net: images -> (B, classes) logits. Initialised under
-    a seed of its own, the caller's random state stays; draw 1, 2, ... are other weights. Weights
-    lie channels last: a CPU's step is a quarter shorter."""
+    for a VAE (B, 2z), mean and log-variance; net: images -> (B, classes) logits. The caller's
+    random state stays; draw 1, 2, ... are other weights. Channels last: a quarter less CPU time."""
     if model not in (*CLASSIFIERS, "linear_ae") and size not in (32, 48, 64):
         raise ValueError(f"{model} is built for 32, 48 or 64 pixels; got {size}")
     if model in STAGES and width != 1:
@@ -648,8 +633,7 @@ def build(model, size=32, channels=3, width=1.0, z=None, seed=0, classes=10, dra
 
 def prunable_modules(model):
     """(name of the raw weight, module) of every Conv2d, ConvTranspose2d and Linear of any model.
-    Under spectral norm it is the raw tensor that is trained and stored: a mask on the normalised
-    weight would be gone at the next forward."""
+    Raw: under spectral norm a mask on the normalised weight would be gone at the next forward."""
     for path, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             raw = "weight"
@@ -667,9 +651,8 @@ def prunable_parameters(model):
     return found
 
 def keep_top(scores, k):
-    """Bool mask of exactly k True at the largest entries of the flat tensor `scores`.
-    Ties go by position: an all-equal tensor keeps its first k. `scores >= value`, which public code
-    uses, would keep all of it, and topk picks among ties as it likes."""
+    """Bool mask of exactly k True at the largest entries of the flat tensor `scores`. Ties go by
+    position; `scores >= value`, which public code uses, would keep all of an all-equal tensor."""
     if torch.isnan(scores).any():
         raise FloatingPointError("scores hold NaN, which has no rank")
     order = scores.argsort(descending=True, stable=True)
@@ -710,8 +693,7 @@ def prune_masks(scores, density, masks=None, scope="global", keep_best=False):
 
 def split_like(flat, tensors):
     """Cut a flat tensor into float tensors with names, shapes, memory formats of `tensors`."""
-    masks = {}
-    parts = flat.split([t.numel() for t in tensors.values()])
+    masks, parts = {}, flat.split([t.numel() for t in tensors.values()])
     for (name, t), part in zip(tensors.items(), parts):
         mask = torch.empty_like(t, dtype=torch.float32)
         masks[name] = mask.copy_(part.view(t.shape))
@@ -738,8 +720,7 @@ def erk_densities(shapes, density):
 
 def exact_counts(densities, sizes, total):
     """Whole numbers near densities x sizes that add up to `total`, from 1 to the size each.
-    Floors first, then the largest fractions. (Drawing each weight by itself, as the authors' code
-    does, misses the total by hundreds.)"""
+    Floors, then the largest fractions. (The authors' draw per weight misses it by hundreds.)"""
     if not len(sizes) <= total <= sum(sizes.values()):
         raise ValueError(f"{total} weights cannot keep {len(sizes)} layers alive")
     wanted = {n: densities[n] * sizes[n] for n in sizes}
@@ -761,8 +742,7 @@ def random_masks(parameters, density, generator):
     counts = exact_counts(erk_densities(shapes, density), sizes, total)
     flats = [torch.zeros(size) for size in sizes.values()]
     for flat, count in zip(flats, counts.values()):
-        order = torch.randperm(len(flat), generator=generator)
-        flat[order[:count]] = 1
+        flat[torch.randperm(len(flat), generator=generator)[:count]] = 1
     return split_like(torch.cat(flats), parameters)
 
 def erk_masks(nets, densities, seed):
