@@ -337,8 +337,8 @@ def latents(count, z, seed, step, purpose, k=0, device="cpu"):
 
 # ==================================================================================================
 # 2. MODELS: two families of trunks, each an encoder (also: discriminator) and a decoder (also:
-#    generator), at 32, 48 and 64 pixels. Class and names inside are the same in both roles: a ticket
-#    of one can be tried in the other. Beside them a linear autoencoder and ResNets.
+#    generator), at 32, 48 and 64 pixels. Class and names inside are the same in both roles, so a
+#    ticket of one can be tried in the other. Beside them a linear autoencoder and ResNets.
 
 # Defaults. g_batches: G's batch in batches of D. ema: longest decay of the average of G's weights,
 # 0 = none. clip: D's weights stay in [-clip, clip], 0 = off. rewind_step: at most a tenth of the
@@ -378,28 +378,26 @@ VAES = ("vae", "resnet_vae")
 SAMPLED = (*GANS, *VAES)  # have samples, and so a distance
 CLASSIFIERS = tuple(m for m in MODELS if "net" in MODELS[m]["roles"])
 # On shapes, for minutes on a CPU. At their own lr 2,000 steps of sngan or dcgan give blobs.
-SHORT = dict(batch_size=64, steps=400)
 SMALL = dict(batch_size=16, steps=2000, width=0.125)
 SHAPES_PRESET = {
     **dict.fromkeys(MODELS, dict(batch_size=64, steps=1000, width=0.25)),
-    **dict.fromkeys(CLASSIFIERS, SHORT | dict(width=0.5)),
-    **dict.fromkeys(STAGES, SHORT),
+    **dict.fromkeys(CLASSIFIERS, dict(batch_size=64, steps=400, width=0.5)),
+    **dict.fromkeys(STAGES, dict(batch_size=64, steps=400)),
     **dict.fromkeys(GANS, SMALL),
     "sngan": SMALL | dict(n_critic=1, lr=1e-3),
     "dcgan": SMALL | dict(lr=2e-3, ema=0.99),
 }
 
 class Encoder(nn.Module):
-    """Strided convolutions, image to vector: c-w-2w-4w-8w, then one as large as what is left.
-    (B, channels, size, size) -> (B, out). `base` is w, 64 in the paper; `leaky` the slope below 0:
-    .2 as a discriminator, 0 as an encoder."""
+    """Convolutions c-w-2w-4w-8w of stride 2, then one as large as what is left. (B, channels, size,
+    size) -> (B, out). base: w, 64 in the paper. leaky: slope below 0, .2 as a discriminator."""
     def __init__(self, size, channels, base, out, leaky=0.0):
         super().__init__()
         widths = [channels, base, 2 * base, 4 * base, 8 * base]
         pairs = zip(widths, widths[1:])
         self.leaky = leaky
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in pairs)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths[1:])
+        self.norms = nn.ModuleList(map(nn.BatchNorm2d, widths[1:]))
         self.head = nn.Conv2d(8 * base, out, size // 16)
 
     def forward(self, x):  # (B, c, S, S)
@@ -416,7 +414,7 @@ class Decoder(nn.Module):
         pairs = zip(widths, widths[1:])
         self.z = z
         self.stem = nn.ConvTranspose2d(z, 8 * base, size // 16)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(a) for a in widths[:-1])
+        self.norms = nn.ModuleList(map(nn.BatchNorm2d, widths[:-1]))
         self.convs = nn.ModuleList(nn.ConvTranspose2d(a, b, 4, 2, 1) for a, b in pairs)
 
     def forward(self, z):  # (B, z)
@@ -464,17 +462,15 @@ class DownBlock(nn.Module):
         return h + self.pool(self.shortcut(x))
 
 class ResDecoder(nn.Module):
-    """SNGAN's generator: linear to a 4x4 (48: 6x6) map, up-blocks, BN-ReLU-conv, tanh.
-    (B, z) -> (B, channels, size, size). `width` multiplies the channels: at 1 it has the paper's
-    4,276,739 parameters at 32 pixels and 4,878,083 at 48 (Wang et al. 2023; Miyato et al. 2018)."""
+    """SNGAN's generator: linear to 4x4 or 6x6, up-blocks, BN-ReLU-conv, tanh. (B, z) -> (B, channels,
+    size, size). At width 1 the paper's 4,276,739 parameters at 32 pixels and 4,878,083 at 48."""
     def __init__(self, size, channels, width, z):
         super().__init__()
         g = {32: [256] * 4, 48: [512, 256, 128, 64], 64: [1024, 512, 256, 128, 64]}
         widths = [max(1, round(width * c)) for c in g[size]]
         self.z, self.bottom = z, 6 if size == 48 else 4
         self.stem = nn.Linear(z, widths[0] * self.bottom**2)
-        blocks = [UpBlock(a, b) for a, b in zip(widths, widths[1:])]
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = nn.Sequential(*map(UpBlock, widths, widths[1:]))
         self.norm = nn.BatchNorm2d(widths[-1])
         self.head = nn.Conv2d(widths[-1], channels, 3, padding=1)
 
@@ -510,9 +506,8 @@ class Linears(nn.Module):
     decoder: (B, z) -> images of that shape, in [-1, 1]."""
     def __init__(self, widths, shape=None):
         super().__init__()
-        pairs = zip(widths, widths[1:])
         self.z, self.shape = widths[0], shape
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairs)
+        self.layers = nn.ModuleList(map(nn.Linear, widths, widths[1:]))
 
     def forward(self, x):
         x = x.flatten(1)  # (B, c S S), or still (B, z)
@@ -657,18 +652,15 @@ def keep_top(scores, k):
         raise FloatingPointError("scores hold NaN, which has no rank")
     order = scores.argsort(descending=True, stable=True)
     keep = torch.zeros_like(scores, dtype=torch.bool)
-    keep[order[:k]] = True
-    return keep
+    return keep.index_fill(0, order[:k], True)
 
 def prune_masks(scores, density, masks=None, scope="global", keep_best=False):
-    """Masks that keep round(density x N) weights of largest score, at least one.
+    """Masks that keep round(density x N) weights of largest score, at least one. Han et al. 2015
     scores     {name: tensor}, larger = keep; |weight| for magnitude pruning
     density    share of all N weights kept, in (0, 1]
-    masks      what is pruned already: ranks below every survivor, so masks are nested even where a
-               survivor scores 0. Han et al. 2015; Frankle & Carbin 2019 for the pool
+    masks      what is pruned already; it ranks below every survivor, even one that scores 0
     scope      "global": one pool; "network": one for each name up to its first dot; "layer"
-    keep_best  the best survivor of each tensor always stays: an empty layer cuts the network in
-               two, and its spectral norm is 0/0"""
+    keep_best  the best survivor of each tensor stays: an empty layer cuts the network in two"""
     if not 0 < density <= 1:
         raise ValueError(f"density is a share in (0, 1]; got {density}")
     if scope != "global":
@@ -702,9 +694,8 @@ def split_like(flat, tensors):
 def erk_densities(shapes, density):
     """{name: density} by the Erdos-Renyi-Kernel rule: small layers keep more. shapes {name: shape}
     density_l = eps * sum(dims_l) / prod(dims_l), capped at 1, with eps such that the mean over all
-    weights is `density`. The dims of a convolution are all four, in any order. Evci et al. 2020.
-    All layers above 1 become dense at once (RigL's code: one by one): what they cannot take goes
-    to the others, so eps only rises and none would come back below 1."""
+    weights is `density`. The dims of a convolution are all four. Evci et al. 2020. All layers above
+    1 become dense at once (RigL's code: one by one): eps only rises, none would come back below."""
     size = {n: math.prod(shape) for n, shape in shapes.items()}
     ratio = {n: sum(shape) / size[n] for n, shape in shapes.items()}
     dense = set()
