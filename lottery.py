@@ -345,15 +345,16 @@ def latents(count, z, seed, step, purpose, k=0, device="cpu"):
 # steps. crop: pixels that a training image is shifted by. schedule: see lr_factor.
 BASE = dict(optimizer="adam", batch_size=128, rewind_step=10, crop=0, ema=0.0, g_batches=0)
 GAN = BASE | dict(roles=["G", "D"], z=64, batch_size=64, n_critic=1, g_batches=1, clip=0.0)
-DCGAN = GAN | dict(objective="non-saturating", lr=2e-4, betas=(0.5, 0.999), steps=50_000)
-SNGAN = GAN | dict(objective="hinge", lr=2e-4, betas=(0.0, 0.9), steps=100_000)
+GAN |= dict(lr=2e-4, steps=100_000)
+DCGAN = GAN | dict(objective="non-saturating", betas=(0.5, 0.999), steps=50_000)
+SNGAN = GAN | dict(objective="hinge", betas=(0.0, 0.9))
 SNGAN |= dict(z=128, n_critic=5, g_batches=2, ema=0.999)
-WGAN = GAN | dict(objective="wasserstein", lr=5e-5, betas=(0.0, 0.99), steps=100_000)
+WGAN = GAN | dict(objective="wasserstein", lr=5e-5, betas=(0.0, 0.99))
 # Clipped weights are small: in one pool with G's, D's would be pruned first.
 WGAN |= dict(n_critic=5, optimizer="rmsprop", clip=0.01, scope="network")
 AE = BASE | dict(roles=["encoder", "decoder"], z=64)
 AE |= dict(objective="reconstruction", lr=1e-3, betas=(0.9, 0.999), steps=40_000)
-VAE = AE | dict(objective="variational", beta=1.0)
+VAE = AE | dict(objective="variational", beta=1.0)  # beta-VAE: 4
 RESNET = BASE | dict(roles=["net"], objective="cross-entropy", optimizer="sgd", lr=0.1)
 RESNET |= dict(betas=(0.9, 0.0), steps=62_560, rewind_step=1000, crop=4, schedule={})
 IMAGENET = RESNET | dict(lr=0.4, steps=112_680, batch_size=1024, rewind_step=6_260)
@@ -362,7 +363,7 @@ IMAGENET |= dict(schedule=dict(drops=(30 / 90, 60 / 90, 80 / 90), warmup=5 / 90)
 STAGES = dict(resnet18=(2, 2, 2, 2), resnet26=(2, 3, 4, 3), resnet34=(3, 4, 6, 3))
 # wgan and the resnet_ models are reconstructions: Kalibhat et al. give no complete layer lists.
 MODELS = {
-    "sngan": SNGAN,  # Miyato et al. 2018
+    "sngan": SNGAN,  # Miyato et al. 2018, Wang et al.'s settings
     "dcgan": DCGAN,  # Radford et al. 2016
     "wgan": WGAN,  # Arjovsky et al. 2017
     "resnet_dcgan": DCGAN | dict(z=128),
@@ -373,9 +374,8 @@ MODELS = {
 }
 MODELS |= {f"resnet{n}": RESNET for n in (14, 20, 32, 44, 56, 110)}
 MODELS |= dict.fromkeys(STAGES, IMAGENET)
-GANS = ("sngan", "dcgan", "wgan", "resnet_dcgan")
-VAES = ("vae", "resnet_vae")
-SAMPLED = (*GANS, *VAES)  # have samples, and so a distance
+GANS, VAES = ("sngan", "dcgan", "wgan", "resnet_dcgan"), ("vae", "resnet_vae")
+SAMPLED = (*GANS, *VAES)  # have a distance
 CLASSIFIERS = tuple(m for m in MODELS if "net" in MODELS[m]["roles"])
 # On shapes, for minutes on a CPU. At their own lr 2,000 steps of sngan or dcgan give blobs.
 SMALL = dict(batch_size=16, steps=2000, width=0.125)
@@ -389,8 +389,8 @@ SHAPES_PRESET = {
 }
 
 class Encoder(nn.Module):
-    """Convolutions c-w-2w-4w-8w of stride 2, then one as large as what is left. (B, channels, size,
-    size) -> (B, out). base: w, 64 in the paper. leaky: slope below 0, .2 as a discriminator."""
+    """Convolutions c-w-2w-4w-8w of stride 2, then one as large as what is left.
+    (B, channels, size, size) -> (B, out). base: w, 64 in the paper. leaky: slope below 0, D .2."""
     def __init__(self, size, channels, base, out, leaky=0.0):
         super().__init__()
         widths = [channels, base, 2 * base, 4 * base, 8 * base]
@@ -440,8 +440,7 @@ class UpBlock(nn.Module):
 
 class DownBlock(nn.Module):
     """[norm]-ReLU-conv-[norm]-ReLU-conv-pool beside 1x1 conv-pool; without `down` no pool, no 1x1.
-    The block that sees the image has nothing before its first convolution, and its shortcut pools
-    before the 1x1 (a third of the work; elsewhere the 1x1 comes first, as published)."""
+    A block that sees the image has nothing before conv1 and pools before the 1x1, as published."""
     def __init__(self, cin, cout, down, sees_image, batch_norm):
         super().__init__()
         norm = nn.BatchNorm2d if batch_norm else nn.Identity
@@ -462,8 +461,8 @@ class DownBlock(nn.Module):
         return h + self.pool(self.shortcut(x))
 
 class ResDecoder(nn.Module):
-    """SNGAN's generator: linear to 4x4 or 6x6, up-blocks, BN-ReLU-conv, tanh. (B, z) -> (B, channels,
-    size, size). At width 1 the paper's 4,276,739 parameters at 32 pixels and 4,878,083 at 48."""
+    """SNGAN's generator, (B, z) -> (B, channels, size, size): linear to 4x4, at 48 6x6, up-blocks,
+    BN-ReLU-conv, tanh. At width 1 the paper's 4,276,739 parameters (32 pixels), 4,878,083 (48)."""
     def __init__(self, size, channels, width, z):
         super().__init__()
         g = {32: [256] * 4, 48: [512, 256, 128, 64], 64: [1024, 512, 256, 128, 64]}
@@ -592,17 +591,14 @@ def build_pair(model, size, channels, width, z):
         decoder = ResDecoder(size, channels, width, z)
         encoder = ResEncoder(size, channels, width, out, batch_norm=model != "sngan")
     for net in (decoder, encoder) if model == "sngan" else ():
-        for layer in list(net.modules()):
-            if not isinstance(layer, (nn.Conv2d, nn.Linear)):
-                continue
+        layers = [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        for layer in layers:
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
             if net is encoder:  # last: it hides the raw weight
                 nn.utils.parametrizations.spectral_norm(layer)
-    if gan:
-        return {"G": decoder, "D": encoder}
-    return {"encoder": encoder, "decoder": decoder}
+    return dict(G=decoder, D=encoder) if gan else dict(encoder=encoder, decoder=decoder)
 
 def build(model, size=32, channels=3, width=1.0, z=None, seed=0, classes=10, draw=0):
     """nn.ModuleDict of a freshly initialised model: {"G", "D"}, {"encoder", "decoder"} or {"net"}.
@@ -612,7 +608,7 @@ def build(model, size=32, channels=3, width=1.0, z=None, seed=0, classes=10, dra
     if model not in (*CLASSIFIERS, "linear_ae") and size not in (32, 48, 64):
         raise ValueError(f"{model} is built for 32, 48 or 64 pixels; got {size}")
     if model in STAGES and width != 1:
-        raise ValueError(f"{model} has one width, torchvision's; got {width}")
+        raise ValueError(f"{model} has one width; got {width}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(rng(seed, 0, "weights", draw).initial_seed())
         if model in CLASSIFIERS:
@@ -641,7 +637,7 @@ def prunable_parameters(model):
     found = {}
     for name, _ in prunable_modules(model):
         weight = model.get_parameter(name)
-        if not any(weight is other for other in found.values()):
+        if not any(weight is w for w in found.values()):
             found[name] = weight
     return found
 
@@ -649,16 +645,16 @@ def keep_top(scores, k):
     """Bool mask of exactly k True at the largest entries of the flat tensor `scores`. Ties go by
     position; `scores >= value`, which public code uses, would keep all of an all-equal tensor."""
     if torch.isnan(scores).any():
-        raise FloatingPointError("scores hold NaN, which has no rank")
+        raise FloatingPointError("scores hold NaN")
     order = scores.argsort(descending=True, stable=True)
     keep = torch.zeros_like(scores, dtype=torch.bool)
-    return keep.index_fill(0, order[:k], True)
+    return keep.index_fill_(0, order[:k], True)
 
 def prune_masks(scores, density, masks=None, scope="global", keep_best=False):
     """Masks that keep round(density x N) weights of largest score, at least one. Han et al. 2015
     scores     {name: tensor}, larger = keep; |weight| for magnitude pruning
     density    share of all N weights kept, in (0, 1]
-    masks      what is pruned already; it ranks below every survivor, even one that scores 0
+    masks      what is pruned already: ranks below every survivor, even a 0, so masks are nested
     scope      "global": one pool; "network": one for each name up to its first dot; "layer"
     keep_best  the best survivor of each tensor stays: an empty layer cuts the network in two"""
     if not 0 < density <= 1:
@@ -680,7 +676,7 @@ def prune_masks(scores, density, masks=None, scope="global", keep_best=False):
     pool = torch.cat(flats)
     k = max(1, round(density * len(pool)))
     if keep_best and k < len(scores):
-        raise ValueError(f"{k} of {len(pool)} weights cannot keep {len(scores)} layers alive")
+        raise ValueError(f"{k} weights cannot keep {len(scores)} layers alive")
     return split_like(keep_top(pool, k), scores)
 
 def split_like(flat, tensors):
@@ -715,7 +711,7 @@ def exact_counts(densities, sizes, total):
     if not len(sizes) <= total <= sum(sizes.values()):
         raise ValueError(f"{total} weights cannot keep {len(sizes)} layers alive")
     wanted = {n: densities[n] * sizes[n] for n in sizes}
-    counts = {n: min(sizes[n], max(1, int(wanted[n]))) for n in sizes}
+    counts = {n: max(1, int(wanted[n])) for n in sizes}
     while left := total - sum(counts.values()):
         step = 1 if left > 0 else -1
         able = [n for n in sizes if 1 <= counts[n] + step <= sizes[n]]
@@ -725,8 +721,7 @@ def exact_counts(densities, sizes, total):
     return counts
 
 def random_masks(parameters, density, generator):
-    """Masks of round(density x N) random weights, ERK over the layers, exact in every layer.
-    parameters  {name: tensor}; generator: of the CPU, so that every device draws the same"""
+    """Masks of round(density x N) random weights of {name: tensor}, by ERK; generator: a CPU's."""
     shapes = {n: p.shape for n, p in parameters.items()}
     sizes = {n: p.numel() for n, p in parameters.items()}
     total = round(density * sum(sizes.values()))
@@ -775,8 +770,8 @@ def density(masks):
 
 def of_role(tensors, role):
     """The part of a flat dict that belongs to one network, without the role's prefix."""
-    names = [name for name in tensors if name.startswith(f"{role}.")]
-    return {name.removeprefix(f"{role}."): tensors[name] for name in names}
+    own = [n for n in tensors if n.startswith(f"{role}.")]
+    return {n.removeprefix(f"{role}."): tensors[n] for n in own}
 
 # ==================================================================================================
 # 4. OBJECTIVES: one training step each. A step gets tensors, does its own optimizer steps and masks
