@@ -340,9 +340,8 @@ def latents(count, z, seed, step, purpose, k=0, device="cpu"):
 #    generator), at 32, 48 and 64 pixels. Class and names inside are the same in both roles, so a
 #    ticket of one can be tried in the other. Beside them a linear autoencoder and ResNets.
 
-# Defaults. g_batches: G's batch in batches of D. ema: longest decay of the average of G's weights,
-# 0 = none. clip: D's weights stay in [-clip, clip], 0 = off. rewind_step: at most a tenth of the
-# steps. crop: pixels that a training image is shifted by. schedule: see lr_factor.
+# g_batches: G's batch in batches of D. ema: longest decay of G's average, 0 = none. clip: D's
+# weights stay in [-clip, clip], 0 = off. crop: pixels of shift. rewind_step: at most steps / 10.
 BASE = dict(optimizer="adam", batch_size=128, rewind_step=10, crop=0, ema=0.0, g_batches=0)
 GAN = BASE | dict(roles=["G", "D"], z=64, batch_size=64, n_critic=1, g_batches=1, clip=0.0)
 GAN |= dict(lr=2e-4, steps=100_000)
@@ -501,15 +500,14 @@ class ResEncoder(nn.Module):
         return self.head(x)
 
 class Linears(nn.Module):
-    """Linear layers with ReLU between. Encoder: images -> (B, widths[-1]). With `shape` (c, S, S) a
-    decoder: (B, z) -> images of that shape, in [-1, 1]."""
+    """Linear layers, ReLU between: images -> (B, z); with `shape` (c, S, S) decoder: z -> images."""
     def __init__(self, widths, shape=None):
         super().__init__()
         self.z, self.shape = widths[0], shape
         self.layers = nn.ModuleList(map(nn.Linear, widths, widths[1:]))
 
     def forward(self, x):
-        x = x.flatten(1)  # (B, c S S), or still (B, z)
+        x = x.flatten(1)  # (B, c S S) or (B, z)
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         x = self.layers[-1](x)
@@ -596,7 +594,7 @@ def build_pair(model, size, channels, width, z):
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-            if net is encoder:  # last: it hides the raw weight
+            if net is encoder:  # last: it hides the weight
                 nn.utils.parametrizations.spectral_norm(layer)
     return dict(G=decoder, D=encoder) if gan else dict(encoder=encoder, decoder=decoder)
 
@@ -651,14 +649,13 @@ def keep_top(scores, k):
     return keep.index_fill_(0, order[:k], True)
 
 def prune_masks(scores, density, masks=None, scope="global", keep_best=False):
-    """Masks that keep round(density x N) weights of largest score, at least one. Han et al. 2015
+    """Masks that keep the round(density x N) weights of largest score of all N. Han et al. 2015.
     scores     {name: tensor}, larger = keep; |weight| for magnitude pruning
-    density    share of all N weights kept, in (0, 1]
     masks      what is pruned already: ranks below every survivor, even a 0, so masks are nested
     scope      "global": one pool; "network": one for each name up to its first dot; "layer"
     keep_best  the best survivor of each tensor stays: an empty layer cuts the network in two"""
     if not 0 < density <= 1:
-        raise ValueError(f"density is a share in (0, 1]; got {density}")
+        raise ValueError(f"share of weights kept is in (0, 1]; got {density}")
     if scope != "global":
         pools, pruned = {}, {}
         for name, score in scores.items():
