@@ -389,7 +389,7 @@ SHAPES_PRESET = {
 
 class Encoder(nn.Module):
     """Convolutions c-w-2w-4w-8w of stride 2, then one as large as what is left.
-    (B, channels, size, size) -> (B, out). base: w, 64 in the paper. leaky: slope below 0, D .2."""
+    (B, channels, size, size) -> (B, out). base: w, 64 in the paper. leaky: slope below 0, in D .2."""
     def __init__(self, size, channels, base, out, leaky=0.0):
         super().__init__()
         widths = [channels, base, 2 * base, 4 * base, 8 * base]
@@ -500,7 +500,7 @@ class ResEncoder(nn.Module):
         return self.head(x)
 
 class Linears(nn.Module):
-    """Linear layers, ReLU between: images -> (B, z); with `shape` (c, S, S) decoder: z -> images."""
+    """Linear layers, ReLU between: images -> (B, z). With `shape` (c, S, S): (B, z) -> images."""
     def __init__(self, widths, shape=None):
         super().__init__()
         self.z, self.shape = widths[0], shape
@@ -688,7 +688,7 @@ def erk_densities(shapes, density):
     """{name: density} by the Erdos-Renyi-Kernel rule: small layers keep more. shapes {name: shape}
     density_l = eps * sum(dims_l) / prod(dims_l), capped at 1, with eps such that the mean over all
     weights is `density`. The dims of a convolution are all four. Evci et al. 2020. All layers above
-    1 become dense at once (RigL's code: one by one): eps only rises, none would come back below."""
+    1 become dense at once (RigL's code: one by one): eps only rises, so none would come back."""
     size = {n: math.prod(shape) for n, shape in shapes.items()}
     ratio = {n: sum(shape) / size[n] for n, shape in shapes.items()}
     dense = set()
