@@ -389,7 +389,7 @@ SHAPES_PRESET = {
 
 class Encoder(nn.Module):
     """Convolutions c-w-2w-4w-8w of stride 2, then one as large as what is left.
-    (B, channels, size, size) -> (B, out). base: w, 64 in the paper. leaky: slope below 0, in D .2."""
+    (B, channels, size, size) -> (B, out). base: w, 64 as published. leaky: slope below 0, D .2."""
     def __init__(self, size, channels, base, out, leaky=0.0):
         super().__init__()
         widths = [channels, base, 2 * base, 4 * base, 8 * base]
