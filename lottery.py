@@ -353,33 +353,32 @@ def latents(count, z, seed, step, purpose, k=0, device="cpu"):
 
 # ==================================================================================================
 # 2. MODELS: two families of trunks, each an encoder (also: discriminator) and a decoder (also:
-#    generator), at 32, 48 and 64 pixels. The class and the names inside are the same in every role,
-#    so a ticket of one can be tried in the other. Beside them a linear autoencoder and ResNets.
+#    generator), at 32, 48 and 64 pixels. Class and names inside are the same in both roles, so a
+#    ticket of one can be tried in the other. Beside them a linear autoencoder and ResNets.
 
-# Objective and defaults. g_batches: G's batch in batches of D. ema: longest decay of the average of
-# G's weights, 0 = none. clip: D's weights stay in [-clip, clip], 0 = off. rewind_step: at most a
-# tenth of the steps. crop: pixels that a training image is shifted by.
-BASE = dict(optimizer="adam", z=64, crop=0, rewind_step=10, ema=0.0, g_batches=0)
-GAN = BASE | dict(roles=["G", "D"], n_critic=1, g_batches=1, clip=0.0, batch_size=64)
-DCGAN = GAN | dict(objective="non-saturating", lr=2e-4, betas=(0.5, 0.999), steps=50_000)
-SNGAN = GAN | dict(objective="hinge", lr=2e-4, betas=(0.0, 0.9), steps=100_000)
+# g_batches: G's batch in batches of D. ema: longest decay of G's average, 0 = none. clip: D's
+# weights stay in [-clip, clip], 0 = off. crop: pixels of shift. rewind_step: at most steps / 10.
+BASE = dict(optimizer="adam", batch_size=128, rewind_step=10, crop=0, ema=0.0, g_batches=0)
+GAN = BASE | dict(roles=["G", "D"], z=64, batch_size=64, n_critic=1, g_batches=1, clip=0.0)
+GAN |= dict(lr=2e-4, steps=100_000)
+DCGAN = GAN | dict(objective="non-saturating", betas=(0.5, 0.999), steps=50_000)
+SNGAN = GAN | dict(objective="hinge", betas=(0.0, 0.9))
 SNGAN |= dict(z=128, n_critic=5, g_batches=2, ema=0.999)
-WGAN = GAN | dict(objective="wasserstein", lr=5e-5, betas=(0.0, 0.99), steps=100_000)
+WGAN = GAN | dict(objective="wasserstein", lr=5e-5, betas=(0.0, 0.99))
 # Clipped weights are small: in one pool with G's, D's would be pruned first.
 WGAN |= dict(n_critic=5, optimizer="rmsprop", clip=0.01, scope="network")
-AE = BASE | dict(roles=["encoder", "decoder"], objective="reconstruction", batch_size=128)
-AE |= dict(lr=1e-3, betas=(0.9, 0.999), steps=40_000)
-VAE = AE | dict(objective="variational", beta=1.0)  # beta-VAE: --beta 4
-RESNET = BASE | dict(roles=["net"], objective="cross-entropy", optimizer="sgd", lr=0.1, z=None)
-RESNET |= dict(betas=(0.9, 0.0), steps=62_560, batch_size=128, rewind_step=1000)
-RESNET |= dict(crop=4, schedule={})
+AE = BASE | dict(roles=["encoder", "decoder"], z=64)
+AE |= dict(objective="reconstruction", lr=1e-3, betas=(0.9, 0.999), steps=40_000)
+VAE = AE | dict(objective="variational", beta=1.0)  # beta-VAE: 4
+RESNET = BASE | dict(roles=["net"], objective="cross-entropy", optimizer="sgd", lr=0.1)
+RESNET |= dict(betas=(0.9, 0.0), steps=62_560, rewind_step=1000, crop=4, schedule={})
 IMAGENET = RESNET | dict(lr=0.4, steps=112_680, batch_size=1024, rewind_step=6_260)
 IMAGENET |= dict(schedule=dict(drops=(30 / 90, 60 / 90, 80 / 90), warmup=5 / 90))  # 90 epochs
 # Blocks per stage of torchvision's ResNets; resnet26 is Chen et al.'s, between the other two.
-STAGES = {"resnet18": (2, 2, 2, 2), "resnet26": (2, 3, 4, 3), "resnet34": (3, 4, 6, 3)}
+STAGES = dict(resnet18=(2, 2, 2, 2), resnet26=(2, 3, 4, 3), resnet34=(3, 4, 6, 3))
 # wgan and the resnet_ models are reconstructions: Kalibhat et al. give no complete layer lists.
 MODELS = {
-    "sngan": SNGAN,  # Miyato et al. 2018, with Wang et al.'s settings
+    "sngan": SNGAN,  # Miyato et al. 2018, Wang et al.'s settings
     "dcgan": DCGAN,  # Radford et al. 2016
     "wgan": WGAN,  # Arjovsky et al. 2017
     "resnet_dcgan": DCGAN | dict(z=128),
@@ -387,17 +386,17 @@ MODELS = {
     "ae": AE,
     "vae": VAE,  # Kingma & Welling 2014
     "resnet_vae": VAE | dict(z=128),
-    **{f"resnet{depth}": RESNET for depth in (14, 20, 32, 44, 56, 110)},  # Chen et al. 2021
-    **dict.fromkeys(STAGES, IMAGENET),
 }
+MODELS |= {f"resnet{n}": RESNET for n in (14, 20, 32, 44, 56, 110)}
+MODELS |= dict.fromkeys(STAGES, IMAGENET)
 GANS, VAES = ("sngan", "dcgan", "wgan", "resnet_dcgan"), ("vae", "resnet_vae")
-SAMPLED = (*GANS, *VAES)  # have samples, and so a distance
-CLASSIFIERS = tuple(name for name in MODELS if name not in (*SAMPLED, "linear_ae", "ae"))
+SAMPLED = (*GANS, *VAES)  # have a distance
+CLASSIFIERS = tuple(m for m in MODELS if "net" in MODELS[m]["roles"])
 # On shapes, for minutes on a CPU. At their own lr 2,000 steps of sngan or dcgan give blobs.
-SMALL = dict(width=0.125, batch_size=16, steps=2000)
+SMALL = dict(batch_size=16, steps=2000, width=0.125)
 SHAPES_PRESET = {
-    **dict.fromkeys(MODELS, dict(width=0.25, batch_size=64, steps=1000)),
-    **dict.fromkeys(CLASSIFIERS, dict(width=0.5, batch_size=64, steps=400)),
+    **dict.fromkeys(MODELS, dict(batch_size=64, steps=1000, width=0.25)),
+    **dict.fromkeys(CLASSIFIERS, dict(batch_size=64, steps=400, width=0.5)),
     **dict.fromkeys(STAGES, dict(batch_size=64, steps=400)),
     **dict.fromkeys(GANS, SMALL),
     "sngan": SMALL | dict(n_critic=1, lr=1e-3),
@@ -405,23 +404,22 @@ SHAPES_PRESET = {
 }
 
 class Encoder(nn.Module):
-    """Strided convolutions, image to vector: c-w-2w-4w-8w (kernel 4, stride 2, padding 1), then one
-    as large as what is left. w is `base`, the channels of the first convolution; 64 in the paper.
-    (B, channels, size, size) -> (B, out). `leaky` is the slope for negative inputs: .2 as a
-    discriminator, 0 (ReLU) as an encoder. Batch norm after every convolution but the head."""
+    """Convolutions c-w-2w-4w-8w of stride 2, then one as large as what is left.
+    (B, channels, size, size) -> (B, out). base: w, 64 as published. leaky: slope below 0, D .2."""
     def __init__(self, size, channels, base, out, leaky=0.0):
         super().__init__()
         widths = [channels, base, 2 * base, 4 * base, 8 * base]
         pairs = zip(widths, widths[1:])
         self.leaky = leaky
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in pairs)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths[1:])
+        self.norms = nn.ModuleList(map(nn.BatchNorm2d, widths[1:]))
         self.head = nn.Conv2d(8 * base, out, size // 16)
 
-    def forward(self, x):                                # (B, c, S, S)
+    def forward(self, x):  # (B, c, S, S)
         for conv, norm in zip(self.convs, self.norms):
-            x = F.leaky_relu(norm(conv(x)), self.leaky)  # (B, w..8w, S/2..S/16, S/2..S/16)
-        return self.head(x).flatten(1)                   # (B, out)
+            x = norm(conv(x))  # (B, w..8w, S/2..S/16, S/2..S/16)
+            x = F.leaky_relu(x, self.leaky)
+        return self.head(x).flatten(1)  # (B, out)
 
 class Decoder(nn.Module):
     """The mirror of Encoder, vector to image: (B, z) -> (B, channels, size, size) in [-1, 1]."""
@@ -431,13 +429,13 @@ class Decoder(nn.Module):
         pairs = zip(widths, widths[1:])
         self.z = z
         self.stem = nn.ConvTranspose2d(z, 8 * base, size // 16)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(a) for a in widths[:-1])
+        self.norms = nn.ModuleList(map(nn.BatchNorm2d, widths[:-1]))
         self.convs = nn.ModuleList(nn.ConvTranspose2d(a, b, 4, 2, 1) for a, b in pairs)
 
-    def forward(self, z):                                # (B, z)
-        x = self.stem(z[:, :, None, None])               # (B, 8w, S/16, S/16)
+    def forward(self, z):  # (B, z)
+        x = self.stem(z[:, :, None, None])  # (B, 8w, S/16, S/16)
         for norm, conv in zip(self.norms, self.convs):
-            x = conv(F.relu(norm(x)))                    # (B, 4w..c, S/8..S, S/8..S)
+            x = conv(F.relu(norm(x)))  # (B, 4w..c, S/8..S, S/8..S)
         return x.tanh()
 
 class UpBlock(nn.Module):
@@ -448,96 +446,84 @@ class UpBlock(nn.Module):
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
         self.shortcut = nn.Conv2d(cin, cout, 1)
+        self.up = nn.Upsample(scale_factor=2)
 
-    def forward(self, x):                                # (B, cin, s, s) -> (B, cout, 2s, 2s)
-        h = self.conv1(F.interpolate(F.relu(self.norm1(x)), scale_factor=2))
+    def forward(self, x):  # (B, cin, s, s) -> (B, cout, 2s, 2s)
+        h = self.conv1(self.up(F.relu(self.norm1(x))))
         h = self.conv2(F.relu(self.norm2(h)))
-        return h + self.shortcut(F.interpolate(x, scale_factor=2))
+        return h + self.shortcut(self.up(x))
 
 class DownBlock(nn.Module):
-    """[norm]-ReLU-conv-[norm]-ReLU-conv-pool beside a 1x1 conv; halves the side when `down`.
-    The block that sees the image has nothing before its first convolution, and its shortcut pools
-    before the 1x1 (a third of the work; elsewhere the 1x1 comes first, as published)."""
+    """[norm]-ReLU-conv-[norm]-ReLU-conv-pool beside 1x1 conv-pool; without `down` no pool, no 1x1.
+    A block that sees the image has nothing before conv1 and pools before the 1x1, as published."""
     def __init__(self, cin, cout, down, sees_image, batch_norm):
         super().__init__()
-        self.down, self.sees_image = down, sees_image
-        self.norm1 = nn.BatchNorm2d(cin) if batch_norm and not sees_image else nn.Identity()
-        self.norm2 = nn.BatchNorm2d(cout) if batch_norm else nn.Identity()
+        norm = nn.BatchNorm2d if batch_norm else nn.Identity
+        self.sees_image = sees_image
+        self.norm1 = nn.Identity() if sees_image else norm(cin)
+        self.norm2 = norm(cout)
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
-        self.shortcut = nn.Conv2d(cin, cout, 1) if down or cin != cout else nn.Identity()
+        self.shortcut = nn.Conv2d(cin, cout, 1) if down else nn.Identity()
+        self.pool = nn.AvgPool2d(2) if down else nn.Identity()
 
-    def forward(self, x):                                # (B, cin, s, s) -> (B, cout, s/2, s/2)
-        h = self.conv1(x if self.sees_image else F.relu(self.norm1(x)))
-        h = self.conv2(F.relu(self.norm2(h)))
-        if not self.down:
-            return h + self.shortcut(x)
+    def forward(self, x):  # (B, cin, s, s) -> (B, cout, s/2, s/2)
+        h = x if self.sees_image else F.relu(self.norm1(x))
+        h = F.relu(self.norm2(self.conv1(h)))
+        h = self.pool(self.conv2(h))
         if self.sees_image:
-            return F.avg_pool2d(h, 2) + self.shortcut(F.avg_pool2d(x, 2))
-        return F.avg_pool2d(h, 2) + F.avg_pool2d(self.shortcut(x), 2)
-
-def res_widths(size, width):
-    """Channels of the SNGAN trunks at `size`: generator's, discriminator's; which blocks halve."""
-    if size == 32:
-        g, d, down = [256] * 4, [128] * 4, [True, True, False, False]
-    else:  # 48 and 64 share a discriminator; 64 has one more up-block
-        g = [512, 256, 128, 64] if size == 48 else [1024, 512, 256, 128, 64]
-        d, down = [64, 128, 256, 512, 1024], [True] * 5
-    g, d = ([max(1, round(width * channels)) for channels in row] for row in (g, d))
-    return g, d, down
+            return h + self.shortcut(self.pool(x))
+        return h + self.pool(self.shortcut(x))
 
 class ResDecoder(nn.Module):
-    """SNGAN's generator: linear to a 4x4 (48: 6x6) map, up-blocks, BN-ReLU-conv, tanh.
-    (B, z) -> (B, channels, size, size). `width` multiplies the channels: at 1 it has the paper's
-    4,276,739 parameters at 32 pixels and 4,878,083 at 48 (Wang et al. 2023; Miyato et al. 2018)."""
+    """SNGAN's generator, (B, z) -> (B, channels, size, size): linear to 4x4, at 48 6x6, up-blocks,
+    BN-ReLU-conv, tanh. At width 1 the paper's 4,276,739 parameters (32 pixels), 4,878,083 (48)."""
     def __init__(self, size, channels, width, z):
         super().__init__()
-        widths, _, _ = res_widths(size, width)
-        self.z, self.bottom = z, size >> (len(widths) - 1)
+        g = {32: [256] * 4, 48: [512, 256, 128, 64], 64: [1024, 512, 256, 128, 64]}
+        widths = [max(1, round(width * c)) for c in g[size]]
+        self.z, self.bottom = z, 6 if size == 48 else 4
         self.stem = nn.Linear(z, widths[0] * self.bottom**2)
-        self.blocks = nn.ModuleList(UpBlock(a, b) for a, b in zip(widths, widths[1:]))
+        self.blocks = nn.Sequential(*map(UpBlock, widths, widths[1:]))
         self.norm = nn.BatchNorm2d(widths[-1])
         self.head = nn.Conv2d(widths[-1], channels, 3, padding=1)
 
-    def forward(self, z):                                # (B, z)
+    def forward(self, z):  # (B, z)
         x = self.stem(z).unflatten(1, (-1, self.bottom, self.bottom))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(F.relu(self.norm(x))).tanh()    # (B, c, S, S)
+        x = F.relu(self.norm(self.blocks(x)))
+        return self.head(x).tanh()  # (B, c, S, S)
 
 class ResEncoder(nn.Module):
-    """SNGAN's discriminator trunk: down-blocks, ReLU, pool over space, linear. No norm of its own,
-    or batch norm; `build` puts spectral norm on it. (B, channels, size, size) -> (B, out).
-    As published: at 32 pixels the pool is a sum, the linear layer has no bias (1,053,824
-    parameters); at 48 a mean, a bias (19,542,721). With batch norm always a mean: a sum of 64
-    positions would start a VAE at a log-variance of 14."""
+    """SNGAN's discriminator trunk: down-blocks, ReLU, pool over space, linear. Spectral norm comes
+    from `build`. (B, channels, size, size) -> (B, out). As published: at 32 pixels a sum, no bias
+    (1,053,824 parameters); at 48 a mean, a bias (19,542,721). With batch norm always a mean: a sum
+    of 64 positions would start a VAE at a log-variance of 14."""
     def __init__(self, size, channels, width, out, batch_norm=False):
         super().__init__()
-        _, widths, down = res_widths(size, width)
-        widths = [channels] + widths
+        d = [128] * 4 if size == 32 else [64, 128, 256, 512, 1024]
+        widths = [channels] + [max(1, round(width * c)) for c in d]
         self.sum_pool = size == 32 and not batch_norm
-        self.blocks = nn.ModuleList()
-        for i, halve in enumerate(down):
-            self.blocks.append(DownBlock(*widths[i : i + 2], halve, i == 0, batch_norm))
+        self.blocks = nn.Sequential()
+        for i, pair in enumerate(zip(widths, widths[1:])):
+            down = size > 32 or i < 2
+            self.blocks.append(DownBlock(*pair, down, i == 0, batch_norm))
         self.norm = nn.BatchNorm2d(widths[-1]) if batch_norm else nn.Identity()
         self.head = nn.Linear(widths[-1], out, bias=not self.sum_pool)
 
-    def forward(self, x):                                # (B, c, S, S)
-        for block in self.blocks:
-            x = block(x)
-        x = F.relu(self.norm(x))                         # (B, w, s, s)
-        return self.head(x.sum((2, 3)) if self.sum_pool else x.mean((2, 3)))
+    def forward(self, x):  # (B, c, S, S)
+        x = F.relu(self.norm(self.blocks(x)))  # (B, w, s, s)
+        x = x.sum((2, 3)) if self.sum_pool else x.mean((2, 3))
+        return self.head(x)
 
 class Linears(nn.Module):
-    """Linear layers with ReLU between. Encoder: images -> (B, widths[-1]). With `shape` (c, S, S) a
-    decoder: (B, z) -> images of that shape, in [-1, 1]."""
+    """Linear layers, ReLU between: images -> (B, z). With `shape` (c, S, S): (B, z) -> images."""
     def __init__(self, widths, shape=None):
         super().__init__()
         self.z, self.shape = widths[0], shape
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(map(nn.Linear, widths, widths[1:]))
 
     def forward(self, x):
-        x = x.flatten(1)                                 # (B, c S S); (B, z) stays as it is
+        x = x.flatten(1)  # (B, c S S) or (B, z)
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         x = self.layers[-1](x)
@@ -558,7 +544,8 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(cout))
 
     def forward(self, x):
-        h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        h = F.relu(self.bn1(self.conv1(x)))
+        h = self.bn2(self.conv2(h))
         return F.relu(h + self.shortcut(x))
 
 class CifarResNet(nn.Module):
@@ -566,75 +553,76 @@ class CifarResNet(nn.Module):
     (B, channels, S, S) -> logits (B, classes). Names as in the code of Chen et al. 2021."""
     def __init__(self, depth, width, channels, classes):
         super().__init__()
-        w = [max(1, round(width * stage)) for stage in (16, 32, 64)]
-        self.conv = nn.Conv2d(channels, w[0], 3, 1, 1, bias=False)
-        self.bn = nn.BatchNorm2d(w[0])
-        self.blocks, cin = nn.ModuleList(), w[0]
-        for stage, cout in enumerate(w):
+        widths = [max(1, round(width * c)) for c in (16, 32, 64)]
+        cin = widths[0]
+        self.conv = nn.Conv2d(channels, cin, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(cin)
+        self.blocks = nn.Sequential()
+        for stage, cout in enumerate(widths):
             for i in range((depth - 2) // 6):
-                self.blocks.append(BasicBlock(cin, cout, 2 if stage > 0 and i == 0 else 1))
+                stride = 2 if stage > 0 and i == 0 else 1
+                self.blocks.append(BasicBlock(cin, cout, stride))
                 cin = cout
-        self.fc = nn.Linear(w[2], classes)
+        self.fc = nn.Linear(cin, classes)
 
-    def forward(self, x):                                # (B, c, S, S)
-        x = F.relu(self.bn(self.conv(x)))
-        for block in self.blocks:
-            x = block(x)                                 # (B, 16..64, S..S/4, S..S/4)
+    def forward(self, x):  # (B, c, S, S)
+        x = F.relu(self.bn(self.conv(x)))  # (B, 16, S, S)
+        x = self.blocks(x)  # (B, 64, S/4, S/4)
         return self.fc(x.mean((2, 3)))
 
 def build_classifier(model, width, channels, classes):
     """{"net"}: a CIFAR ResNet or torchvision's, initialised as Chen et al. 2021 do."""
     if model in STAGES:
-        models = import_torchvision().models
-        net = models.ResNet(models.resnet.BasicBlock, STAGES[model], num_classes=classes)
+        resnet = import_torchvision().models.resnet
+        net = resnet.ResNet(resnet.BasicBlock, STAGES[model], num_classes=classes)
         if channels != 3:
             net.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
     else:
         net = CifarResNet(int(model.removeprefix("resnet")), width, channels, classes)
-    for module in net.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.kaiming_normal_(module.weight)
-        elif isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight)
+    for layer in net.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(layer.weight)
+        elif isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight)
     return {"net": net}
 
 def build_pair(model, size, channels, width, z):
     """{"G", "D"} of a GAN or {"encoder", "decoder"} of an autoencoder."""
-    gan, base = model in GANS, max(1, round(64 * width))
-    out = 1 if gan else 2 * z if model in VAES else z
+    gan = model in GANS
+    out = 2 * z if model in VAES else z
+    if gan:
+        out = 1
     if model == "linear_ae":
-        hidden = [max(1, round(width * units)) for units in (128, 64, 12)]
+        hidden = [max(1, round(width * c)) for c in (128, 64, 12)]
         widths = [channels * size**2, *hidden, z]
         encoder = Linears(widths)
         decoder = Linears(widths[::-1], (channels, size, size))
     elif model in ("dcgan", "wgan", "ae", "vae"):
+        base = max(1, round(64 * width))
         decoder = Decoder(size, channels, base, z)
         encoder = Encoder(size, channels, base, out, 0.2 if gan else 0.0)
     else:
         decoder = ResDecoder(size, channels, width, z)
         encoder = ResEncoder(size, channels, width, out, batch_norm=model != "sngan")
     for net in (decoder, encoder) if model == "sngan" else ():
-        for layer in [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]:
+        layers = [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        for layer in layers:
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-            if net is encoder:  # after the init: it keeps the raw weight under another name
+            if net is encoder:  # last: it hides the weight
                 nn.utils.parametrizations.spectral_norm(layer)
-    return {"G": decoder, "D": encoder} if gan else {"encoder": encoder, "decoder": decoder}
+    return dict(G=decoder, D=encoder) if gan else dict(encoder=encoder, decoder=decoder)
 
 def build(model, size=32, channels=3, width=1.0, z=None, seed=0, classes=10, draw=0):
     """nn.ModuleDict of a freshly initialised model: {"G", "D"}, {"encoder", "decoder"} or {"net"}.
     G, decoder: latents (B, z) -> images; D: images -> (B, 1) logits; encoder: images -> (B, z), or
-    for a VAE (B, 2z), mean and log-variance; net: images -> (B, classes) logits. Initialised under
-    a seed of its own, the caller's random state stays; draw 1, 2, ... are other weights. sngan:
-    Xavier uniform, zero biases; classifiers: Kaiming normal, batch norm's scale uniform in 0..1;
-    others PyTorch's default. Weights lie channels last: a CPU's step is a quarter shorter."""
-    trunks = model not in CLASSIFIERS and model != "linear_ae"
-    if size not in (32, 48, 64) if trunks else not 8 <= size <= 1024:
-        sizes = "32, 48 or 64" if trunks else "8 to 1024"
-        raise ValueError(f"{model} is built for images of {sizes} pixels; got {size}")
+    for a VAE (B, 2z), mean and log-variance; net: images -> (B, classes) logits. The caller's
+    random state stays; draw 1, 2, ... are other weights. Channels last: a quarter less CPU time."""
+    if model not in (*CLASSIFIERS, "linear_ae") and size not in (32, 48, 64):
+        raise ValueError(f"{model} is built for 32, 48 or 64 pixels; got {size}")
     if model in STAGES and width != 1:
-        raise ValueError(f"{model} is torchvision's, which has one width; got width {width}")
+        raise ValueError(f"{model} has one width; got {width}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(rng(seed, 0, "weights", draw).initial_seed())
         if model in CLASSIFIERS:
@@ -650,54 +638,40 @@ def build(model, size=32, channels=3, width=1.0, z=None, seed=0, classes=10, dra
 
 def prunable_modules(model):
     """(name of the raw weight, module) of every Conv2d, ConvTranspose2d and Linear of any model.
-    Under spectral norm it is the raw tensor that is trained and stored: a mask on the normalised
-    weight would be gone at the next forward."""
+    Raw: under spectral norm a mask on the normalised weight would be gone at the next forward."""
     for path, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            own = {name for name, _ in module.named_parameters()}
-            raw = own & {"weight", "parametrizations.weight.original"}
-            if len(raw) != 1:
-                known = "of parametrizations only spectral_norm is known"
-                raise ValueError(f"{path} has no raw weight, but {sorted(own)}; {known}")
-            yield f"{path}.{raw.pop()}".removeprefix("."), module
+            raw = "weight"
+            if nn.utils.parametrize.is_parametrized(module, raw):
+                raw = "parametrizations.weight.original"
+            yield f"{path}.{raw}".removeprefix("."), module
 
 def prunable_parameters(model):
     """{name: parameter} of all prunable weights; a shared one counts once, under its first name."""
-    found, seen = {}, set()
+    found = {}
     for name, _ in prunable_modules(model):
         weight = model.get_parameter(name)
-        if id(weight) not in seen:
+        if not any(weight is w for w in found.values()):
             found[name] = weight
-            seen.add(id(weight))
     return found
 
 def keep_top(scores, k):
-    """Bool mask of exactly k True at the largest entries of the flat tensor `scores`.
-    Everything strictly above the k-th value, then ties by position. So an all-equal tensor keeps
-    its first k; `scores >= value`, which public code uses, would keep all of it. (topk orders ties
-    otherwise; a sort takes nine times as long as kthvalue, 11 million scores on a CPU.)"""
-    n = scores.numel()
+    """Bool mask of exactly k True at the largest entries of the flat tensor `scores`. Ties go by
+    position; `scores >= value`, which public code uses, would keep all of an all-equal tensor."""
     if torch.isnan(scores).any():
-        raise FloatingPointError("scores hold NaN, which has no rank")
-    if not 0 < k < n:
-        return torch.full_like(scores, k >= n, dtype=torch.bool)
-    kth = scores.kthvalue(n - k + 1).values  # the k-th largest
-    keep = scores > kth
-    missing = k - int(torch.count_nonzero(keep))
-    keep[(scores == kth).nonzero().squeeze(1)[:missing]] = True
-    return keep
+        raise FloatingPointError("scores hold NaN")
+    order = scores.argsort(descending=True, stable=True)
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    return keep.index_fill_(0, order[:k], True)
 
 def prune_masks(scores, density, masks=None, scope="global", keep_best=False):
-    """Masks that keep round(density x N) weights of largest score, at least one.
+    """Masks that keep the round(density x N) weights of largest score of all N. Han et al. 2015.
     scores     {name: tensor}, larger = keep; |weight| for magnitude pruning
-    density    share of all N weights kept, in (0, 1]
-    masks      what is pruned already: ranks below every survivor, so masks are nested even where a
-               survivor scores 0. Han et al. 2015; Frankle & Carbin 2019 for the pool
+    masks      what is pruned already: ranks below every survivor, even a 0, so masks are nested
     scope      "global": one pool; "network": one for each name up to its first dot; "layer"
-    keep_best  the best survivor of each tensor always stays: an empty layer cuts the network in
-               two, and its spectral norm is 0/0"""
+    keep_best  the best survivor of each tensor stays: an empty layer cuts the network in two"""
     if not 0 < density <= 1:
-        raise ValueError(f"density is the share of weights kept, in (0, 1]; got {density}")
+        raise ValueError(f"share of weights kept is in (0, 1]; got {density}")
     if scope != "global":
         pools, pruned = {}, {}
         for name, score in scores.items():
@@ -706,72 +680,69 @@ def prune_masks(scores, density, masks=None, scope="global", keep_best=False):
         for pool in pools.values():
             pruned |= prune_masks(pool, density, masks, keep_best=keep_best)
         return pruned
-    flats = [score.detach().flatten().clone() for score in scores.values()]
+    flats = [s.detach().flatten().clone() for s in scores.values()]
     for name, flat in zip(scores, flats):
         if masks:
             flat[masks[name].flatten() == 0] = -math.inf
         if keep_best and flat.max() > -math.inf:
             flat[flat.argmax()] = math.inf
-    flat = torch.cat(flats)
-    k = max(1, round(density * len(flat)))
+    pool = torch.cat(flats)
+    k = max(1, round(density * len(pool)))
     if keep_best and k < len(scores):
-        raise ValueError(f"{k} of {len(flat)} weights cannot keep {len(scores)} layers alive")
-    return split_like(keep_top(flat, k), scores)
+        raise ValueError(f"{k} weights cannot keep {len(scores)} layers alive")
+    return split_like(keep_top(pool, k), scores)
 
 def split_like(flat, tensors):
     """Cut a flat tensor into float tensors with names, shapes, memory formats of `tensors`."""
     masks, parts = {}, flat.split([t.numel() for t in tensors.values()])
     for (name, t), part in zip(tensors.items(), parts):
-        mask = torch.empty_like(t, dtype=torch.float32, requires_grad=False)
+        mask = torch.empty_like(t, dtype=torch.float32)
         masks[name] = mask.copy_(part.view(t.shape))
     return masks
 
 def erk_densities(shapes, density):
     """{name: density} by the Erdos-Renyi-Kernel rule: small layers keep more. shapes {name: shape}
     density_l = eps * sum(dims_l) / prod(dims_l), capped at 1, with eps such that the mean over all
-    weights is `density`. The dims of a convolution are all four, (out, in, kh, kw), in any order.
-    Evci et al. 2020, RigL. All layers above 1 become dense at once (RigL's code: one by one): what
-    they cannot take goes to the others, so eps only rises and none would come back below 1."""
-    size = {name: math.prod(shape) for name, shape in shapes.items()}
-    ratio = {name: sum(shape) / size[name] for name, shape in shapes.items()}
-    dense, eps = set(), 0.0
+    weights is `density`. The dims of a convolution are all four. Evci et al. 2020. All layers above
+    1 become dense at once (RigL's code: one by one): eps only rises, so none would come back."""
+    size = {n: math.prod(shape) for n, shape in shapes.items()}
+    ratio = {n: sum(shape) / size[n] for n, shape in shapes.items()}
+    dense = set()
     while len(dense) < len(shapes):
-        free = [name for name in shapes if name not in dense]
-        left = density * sum(size.values()) - sum(size[name] for name in dense)
-        eps = left / sum(sum(shapes[name]) for name in free)
-        full = {name for name in free if eps * ratio[name] > 1}
+        free = [n for n in shapes if n not in dense]
+        left = density * sum(size.values()) - sum(size[n] for n in dense)
+        eps = left / sum(sum(shapes[n]) for n in free)
+        full = {n for n in free if eps * ratio[n] > 1}
         if not full:
             break
         dense |= full
-    return {name: 1.0 if name in dense else eps * ratio[name] for name in shapes}
+    return {n: 1.0 if n in dense else eps * ratio[n] for n in shapes}
 
 def exact_counts(densities, sizes, total):
     """Whole numbers near densities x sizes that add up to `total`, from 1 to the size each.
-    Floors first, then the largest fractions. (The authors' code draws each weight by itself and
-    misses the total by hundreds.)"""
+    Floors, then the largest fractions. (The authors' draw per weight misses it by hundreds.)"""
     if not len(sizes) <= total <= sum(sizes.values()):
-        raise ValueError(f"{total} weights cannot keep {len(sizes)} layers alive; keep more")
-    wanted = {name: densities[name] * sizes[name] for name in sizes}
-    counts = {n: min(sizes[n], max(1, math.floor(wanted[n]))) for n in sizes}
+        raise ValueError(f"{total} weights cannot keep {len(sizes)} layers alive")
+    wanted = {n: densities[n] * sizes[n] for n in sizes}
+    counts = {n: max(1, int(wanted[n])) for n in sizes}
     while left := total - sum(counts.values()):
         step = 1 if left > 0 else -1
-        able = [name for name in sizes if 1 <= counts[name] + step <= sizes[name]]
-        able.sort(key=lambda name: step * (counts[name] - wanted[name]))  # furthest off first
-        for name in able[: abs(left)]:
-            counts[name] += step
+        able = [n for n in sizes if 1 <= counts[n] + step <= sizes[n]]
+        able.sort(key=lambda n: step * (counts[n] - wanted[n]))  # furthest off first
+        for n in able[: abs(left)]:
+            counts[n] += step
     return counts
 
 def random_masks(parameters, density, generator):
-    """Masks of round(density x N) random weights, ERK over the layers, exact in every layer.
-    parameters  {name: tensor}; generator: of the CPU, so that every device draws the same"""
-    sizes = {name: p.numel() for name, p in parameters.items()}
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    """Masks of round(density x N) random weights of {name: tensor}, by ERK; generator: a CPU's."""
+    shapes = {n: p.shape for n, p in parameters.items()}
+    sizes = {n: p.numel() for n, p in parameters.items()}
     total = round(density * sum(sizes.values()))
     counts = exact_counts(erk_densities(shapes, density), sizes, total)
-    flats = {name: torch.zeros(size) for name, size in sizes.items()}
-    for name, flat in flats.items():
-        flat[torch.randperm(len(flat), generator=generator)[: counts[name]]] = 1
-    return split_like(torch.cat(list(flats.values())), parameters)
+    flats = [torch.zeros(size) for size in sizes.values()]
+    for flat, count in zip(flats, counts.values()):
+        flat[torch.randperm(len(flat), generator=generator)[:count]] = 1
+    return split_like(torch.cat(flats), parameters)
 
 def erk_masks(nets, densities, seed):
     """random_masks of the networks in `densities` {role: share}, by flat names, from a seed."""
@@ -786,21 +757,20 @@ def shuffle_masks(masks, generator):
     """Each mask permuted within its layer by a CPU generator: only its number kept is left."""
     shuffled = {}
     for name, mask in masks.items():
-        order = torch.randperm(mask.numel(), generator=generator).to(mask.device)
-        flat = mask.flatten()[order]
-        shuffled[name] = torch.empty_like(mask).copy_(flat.view(mask.shape))
+        order = torch.randperm(mask.numel(), generator=generator)
+        flat = mask.flatten()[order.to(mask.device)]
+        shuffled |= split_like(flat, {name: mask})
     return shuffled
 
 @torch.no_grad()
 def apply_masks_(model, masks):
     """Set the pruned weights of `model` to 0, in place; masks by the model's parameter names."""
-    weights = [model.get_parameter(name) for name in masks or ()]
-    if weights:
-        torch._foreach_mul_(weights, list(masks.values()))
+    for name, mask in (masks or {}).items():
+        model.get_parameter(name).mul_(mask)
 
 def counts_of(masks):
     """{name: number of weights kept}. count_nonzero: float32 has not every number above 2^24."""
-    return {name: int(torch.count_nonzero(mask)) for name, mask in masks.items()}
+    return {name: int(m.count_nonzero()) for name, m in masks.items()}
 
 def kept(masks):
     """Number of weights kept over all masks, an int."""
@@ -808,12 +778,13 @@ def kept(masks):
 
 def density(masks):
     """Share of weights kept over all masks; 1 where there is none."""
-    return kept(masks) / sum(m.numel() for m in masks.values()) if masks else 1.0
+    total = sum(m.numel() for m in masks.values())
+    return kept(masks) / total if masks else 1.0
 
 def of_role(tensors, role):
     """The part of a flat dict that belongs to one network, without the role's prefix."""
-    names = {name.removeprefix(f"{role}."): name for name in tensors if name.startswith(f"{role}.")}
-    return {short: tensors[name] for short, name in names.items()}
+    own = [n for n in tensors if n.startswith(f"{role}.")]
+    return {n.removeprefix(f"{role}."): tensors[n] for n in own}
 
 # ==================================================================================================
 # 4. OBJECTIVES: one training step each. A step gets tensors, does its own optimizer steps and masks
