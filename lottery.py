@@ -765,8 +765,9 @@ def shuffle_masks(masks, generator):
 @torch.no_grad()
 def apply_masks_(model, masks):
     """Set the pruned weights of `model` to 0, in place; masks by the model's parameter names."""
-    for name, mask in (masks or {}).items():
-        model.get_parameter(name).mul_(mask)
+    weights = [model.get_parameter(name) for name in masks or ()]
+    if weights:  # one launch for all
+        torch._foreach_mul_(weights, list(masks.values()))
 
 def counts_of(masks):
     """{name: number of weights kept}. count_nonzero: float32 has not every number above 2^24."""
