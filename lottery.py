@@ -319,27 +319,34 @@ def balanced_index(labels, count, generator):
     chosen = order[rank.argsort(stable=True)[:count]]
     return chosen[torch.randperm(len(chosen), generator=generator)]
 
+def to_device(tensor, device):
+    """A tensor on `device`; to a GPU through pinned memory, so that nobody waits for the copy."""
+    if tensor.is_cpu and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
 def batch(images, position, size, seed, flip=False, device=None, crop=0):
     """The images at batch_index, (size, C, H, W) in [-1, 1], mirrored at random, shifted by up to
     `crop` pixels, black coming in (He et al. 2016). An ImageStream mirrors and cuts by itself."""
     if isinstance(images, ImageStream):
         chosen = images.batch(position, size, seed)
-        return chosen.to(device=device).float().div_(127.5).sub_(1)
+        return to_device(chosen, device or "cpu").float().div_(127.5).sub_(1)
+    device = device or images.device
     index = batch_index(len(images), position, size, seed)
-    chosen = images[index.to(images.device)].to(device=device)
-    real = chosen.float().div_(127.5).sub_(1)
+    chosen = images[to_device(index, images.device)]
+    real = to_device(chosen, device).float().div_(127.5).sub_(1)
     if flip:
         coins = torch.rand(size, 1, 1, 1, generator=rng(seed, position, "flip"))
-        mirrored = (coins < 0.5).to(real.device)
-        real = torch.where(mirrored, real.flip(-1), real)
+        real = torch.where(to_device(coins < 0.5, device), real.flip(-1), real)
     if crop:
         B, C, H, W = real.shape
         how = dict(generator=rng(seed, position, "crop"))
-        dy, dx = torch.randint(2 * crop + 1, (2, B, 1, 1, 1), **how)
-        b = torch.arange(B).view(B, 1, 1, 1)
-        c = torch.arange(C).view(C, 1, 1)
-        rows = dy + torch.arange(H).view(H, 1)  # (B, 1, H, 1)
-        columns = dx + torch.arange(W)  # (B, 1, 1, W)
+        shift = torch.randint(2 * crop + 1, (2, B, 1, 1, 1), **how)
+        dy, dx = to_device(shift, device)
+        b = torch.arange(B, device=device).view(B, 1, 1, 1)
+        c = torch.arange(C, device=device).view(C, 1, 1)
+        rows = dy + torch.arange(H, device=device).view(H, 1)  # (B, 1, H, 1)
+        columns = dx + torch.arange(W, device=device)  # (B, 1, 1, W)
         real = F.pad(real, (crop,) * 4, value=-1)[b, c, rows, columns]
     return real
 
@@ -349,7 +356,7 @@ def to_uint8(images):
 
 def latents(count, z, seed, step, purpose, k=0, device="cpu"):
     """(count, z) standard normal latents, drawn on the CPU so that every device sees the same."""
-    return torch.randn(count, z, generator=rng(seed, step, purpose, k)).to(device)
+    return to_device(torch.randn(count, z, generator=rng(seed, step, purpose, k)), device)
 
 # ==================================================================================================
 # 2. MODELS: two families of trunks, each an encoder (also: discriminator) and a decoder (also:
@@ -818,15 +825,20 @@ def gan_step(G, D, optimizers, real, z_D, z_G, objective="hinge", clip=0.0, mask
     `z` and its images `fake` of them, made before its step. G's backward stops at G (`inputs=`);
     otherwise its loss would leak into the gradients by which D grows."""
     masks = masks or {"G": {}, "D": {}}
-    autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=amp)
+    apart = any(isinstance(m, nn.BatchNorm2d) for m in D.modules())  # it shall see one kind
+    how = dict(dtype=torch.bfloat16, enabled=amp, cache_enabled=False)  # no cache: see graphed
+    autocast = torch.autocast(real.device.type, **how)
     for x, z in zip(real, z_D):  # (B, c, S, S), (B, z)
         D.zero_grad()
         with autocast:
             with torch.no_grad():
-                fake = G(z)
-            d_real = D(x).to(x.dtype)  # apart: a batch norm sees one kind
-            d_fake = D(fake).to(x.dtype)
-        loss_D = discriminator_loss(objective, d_real, d_fake)
+                fake = G(z).to(x.dtype)
+            if apart:
+                d_real, d_fake = D(x), D(fake)
+            else:  # one pass: half of the launches, one iteration of spectral norm
+                d_real, d_fake = D(torch.cat([x, fake])).split(len(x))
+        logits = d_real.to(x.dtype), d_fake.to(x.dtype)
+        loss_D = discriminator_loss(objective, *logits)
         loss_D.backward()
         optimizers["D"].step()
         if clip:
@@ -850,7 +862,8 @@ def autoencoder_losses(nets, x, noise=None, beta=1.0, amp=False):
     nets {"encoder", "decoder"}; x (B, c, S, S); noise (B, z), standard normal
     AE: mean squared error. VAE (Kingma & Welling 2014): squared error summed over pixels, and beta
     KL(q(z|x) || N(0, 1)), means over the batch. Beside a mean over pixels the KL term would win."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+    how = dict(dtype=torch.bfloat16, enabled=amp, cache_enabled=False)
+    with torch.autocast(x.device.type, **how):
         code = nets["encoder"](x).to(x.dtype)  # (B, z), or (B, 2z)
         if noise is not None:
             mean, log_var = code.chunk(2, 1)  # (B, z) each
@@ -876,7 +889,8 @@ def autoencoder_step(nets, optimizers, x, noise=None, beta=1.0, masks=None, amp=
 def classifier_step(net, optimizer, x, labels, masks=None, amp=False):
     """One step of a classifier: x (B, c, S, S), labels (B,) int64; masks by names in the net."""
     net.zero_grad()
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+    how = dict(dtype=torch.bfloat16, enabled=amp, cache_enabled=False)
+    with torch.autocast(x.device.type, **how):
         logits = net(x).to(x.dtype)
     loss = F.cross_entropy(logits, labels)
     loss.backward()
@@ -931,13 +945,68 @@ class Trained(NamedTuple):
         return self.rows[-1].get("metric")
 
 def make_optimizer(kind, net, lr, betas=(0.9, 0.999)):
-    """Adam, RMSprop (betas[1]: smoothing) or SGD (betas[0]: momentum; weight decay 1e-4)."""
-    weights = net.parameters()
+    """Adam, RMSprop (betas[1]: smoothing) or SGD (betas[0]: momentum; weight decay 1e-4). On CUDA
+    such that a graph can hold its step: SGD's learning rate, which changes, is a tensor."""
+    weights, cuda = net.parameters(), next(net.parameters()).is_cuda
     if kind == "adam":
-        return torch.optim.Adam(weights, lr, betas, fused=True)
-    if kind == "sgd":
-        return torch.optim.SGD(weights, lr, betas[0], weight_decay=1e-4)
-    return torch.optim.RMSprop(weights, lr, alpha=betas[1])
+        optimizer = torch.optim.Adam(weights, lr, betas, fused=True, capturable=cuda)
+    elif kind == "sgd":
+        rate = torch.tensor(lr, device="cuda") if cuda else lr
+        how = dict(weight_decay=1e-4, fused=cuda)
+        optimizer = torch.optim.SGD(weights, rate, betas[0], **how)
+    else:
+        optimizer = torch.optim.RMSprop(weights, lr, alpha=betas[1], capturable=cuda)
+    optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are
+    return optimizer
+
+def set_rate(optimizer, lr):
+    """Set a learning rate; a tensor is filled, since a graph reads that very tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+def graphed(update, warmup=3):
+    """`update` as a CUDA graph: a step of a GAN is thousands of launches of microseconds, and a
+    GPU waits half of the time for the next one; a graph is one launch.
+    The first calls run as they are, on a side stream: libraries choose their kernels there. Then
+    one call is captured, which records and does not run, and from there on replayed on inputs that
+    are copied into its own. So update(draws) may read nothing but its tensors (masks, weights and
+    states are changed in place), draw no random number and wait for no value. What it returns is
+    overwritten by the next call, but for the losses. Where capture fails, it says so and goes on."""
+    stream, graph, calls = torch.cuda.Stream(), torch.cuda.CUDAGraph(), itertools.count(1)
+    inputs, out = [], None
+
+    def call(draws):
+        nonlocal graph, inputs, out
+        current = torch.cuda.current_stream()
+        count = next(calls)
+        if graph is None:
+            return update(draws)
+        if count <= warmup:
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                result = update(draws)
+            current.wait_stream(stream)
+            return result
+        if not inputs:
+            inputs = [x if x is None else x.clone() for x in draws]
+            try:
+                with torch.cuda.graph(graph, stream=stream):
+                    out = update(inputs)
+            except RuntimeError as error:
+                graph = None
+                print(f"no CUDA graph, plain steps instead: {error!r:.120}", flush=True)
+                return update(draws)
+        for own, x in zip(inputs, draws):
+            if x is not None:
+                own.copy_(x, non_blocking=True)
+        graph.replay()
+        losses = {name: loss.clone() for name, loss in out["losses"].items()}
+        return out | {"losses": losses}
+
+    return call
 
 @torch.no_grad()
 def ema_update_(ema, live, decay, masks):
@@ -1081,8 +1150,9 @@ class Checkpoint:
         ema.load_state_dict(saved["ema"])
         for name, mask in masks.items():
             mask.copy_(saved["masks"][name])
-        for role, moments in saved.get("optimizers", {}).items():
-            optimizers[role].load_state_dict(moments)
+        for role, saved_state in saved.get("optimizers", {}).items():
+            groups = optimizers[role].state_dict()["param_groups"]  # of this device
+            optimizers[role].load_state_dict(saved_state | {"param_groups": groups})
         state.update(saved["state"])
         self.good = f"{path} (step {saved['step']})"
         if not saved["finished"]:
@@ -2246,7 +2316,8 @@ MOVING, FROM_TICKET = ("sdst", "ddst"), ("ticket", "transfer", "elastic")
 METHODS = ("dense", *SPARSE, "imp", *FROM_TICKET, *SCORED, "earlybird")
 EVALUATION = ("features", "inception_weights", "eval_images", "reference")
 # These may change as a run continues: no weight depends on them.
-NOT_IDENTITY = {*EVALUATION, "eval_every", "device", "out", "data", "workers", "checkpoint_s"}
+NOT_IDENTITY = {*EVALUATION, "eval_every", "checkpoint_s"}
+NOT_IDENTITY |= {"device", "graph", "workers", "data", "out"}
 
 class Row(NamedTuple):
     """All there is to say about a setting, which is a flag too."""
@@ -2280,6 +2351,7 @@ SETTINGS = {
     "lr": Row(None, float, "learning rate", "(0, inf)"),
     "ema": Row(None, float, "longest decay of G's average, 0: none", "[0, 1)", GANS),
     "amp": Row(False, bool, "forward passes of the training in bfloat16"),
+    "graph": Row(True, bool, "a training step as one CUDA graph (on CUDA)"),
     "workers": Row(os.cpu_count(), int, "processes that decode", "[0, 256]", CLASSIFIERS),
     "checkpoint_s": Row(120.0, float, "seconds between checkpoints", "[0, inf)"),
     "density_D": Row(None, float, "ddst: at first", "(0, 1]", (*SPARSE, *SCORED, *GANS)),
@@ -2574,10 +2646,9 @@ class Run:
                 return torch.stack(x), torch.stack(z_D), z_G
             if "encoder" in nets:
                 return real(step * B), self.noise(step, "noise") if s.model in VAES else None
-            for group in optimizers["net"].param_groups:
-                group["lr"] = s.lr * lr_factor(step, s.steps, **s.schedule)
+            set_rate(optimizers["net"], s.lr * lr_factor(step, s.steps, **s.schedule))
             index = batch_index(len(self.images), step * B, B, s.seed)
-            return real(step * B), self.labels[index].to(s.device)
+            return real(step * B), to_device(self.labels[index], s.device)
 
         def update(draws):
             if "G" in nets:
@@ -2623,12 +2694,16 @@ class Run:
         def evaluate(step):
             return self.measure(self.for_use(nets, ema))
 
+        draw, update = self.halves(nets, optimizers, masks)
+        if s.device != "cpu":
+            torch.backends.cudnn.benchmark = True
+            update = graphed(update) if s.graph else update
         checkpoint = Checkpoint(self.folder, name, s.checkpoint_s)
         how = dict(optimizers=optimizers, start=start, masks=masks, state=state)
         how |= dict(after_step=both, ema=ema, ema_longest=s.ema)
         how |= dict(evaluate=evaluate, eval_every=s.eval_every, checkpoint=checkpoint)
         try:
-            done = train(nets, *self.halves(nets, optimizers, masks), s.steps, **how)
+            done = train(nets, draw, update, s.steps, **how)
         except FloatingPointError as error:
             hint = f"last good checkpoint: {checkpoint.good}. Try a smaller --lr or another --seed"
             raise FloatingPointError(f"{name}: {error}; {hint}") from None

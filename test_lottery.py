@@ -254,8 +254,63 @@ def bench_slim(batch_size=16):
         print(f"{share:.0%} of dcgan's channels: time {a / b:.2f}, MACs {macs[0] / macs[1]:.2f}")
 
 
+def on_cuda(s, graph, count=300):
+    """(nets, masks, draw, update, optimizers, after_step, state) of a run on CUDA, on shapes."""
+    run = L.Run(s)
+    run.images, run.labels = L.shapes(count, s.image_size)
+    run.images = run.images.cuda()
+    nets, state = run.fresh(), {}
+    masks, optimizers = L.start_masks(s, nets), optimizers_of(nets, s)
+    draw, update = run.halves(nets, optimizers, masks)
+    update = L.graphed(update) if graph else update
+    after = run.dynamics(nets, optimizers, masks, state, 0)
+    return nets, masks, draw, update, optimizers, after, state
+
+
+def kernel_seconds(work):
+    """Seconds that kernels of `work` run on the GPU, by torch.profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+
+
+def bench_gpu(turns=5):
+    if not torch.cuda.is_available():
+        return print("no CUDA device: steps as a graph are not measured")
+    torch.backends.cudnn.benchmark = True
+    print(f"{torch.cuda.get_device_name()}, full width, 32 px: ms a step, kernels busy")
+    for model in ("sngan", "dcgan", "vae", "resnet20"):
+        blocks, of = [], dict(model=model, method="dense", dataset="cifar10", device="cuda")
+        of |= dict(width=1.0, batch_size=L.MODELS[model]["batch_size"])
+        times = 80 if model == "resnet20" else 10
+        for graph, amp in ((False, False), (True, False), (True, True)):
+            _, _, draw, update, *_ = on_cuda(settings(**of, amp=amp), graph, 5000)
+
+            def block(draw=draw, update=update):
+                for step in range(times):
+                    update(draw(step))
+                torch.cuda.synchronize()
+
+            blocks.append(block)
+        seconds = in_turn(turns, *blocks) / times
+        busy = [kernel_seconds(block) / times for block in blocks]
+        names, said = ("eager", "graph", "graph, amp"), []
+        for name, s, b in zip(names, seconds, busy):
+            said.append(f"{name} {1000 * s:.2f} ({s / seconds[0]:.2f}), {b / s:.0%}")
+        print(f"  {model}: {'; '.join(said)}")
+    s = settings(method="sdst", dataset="cifar10", device="cuda", width=1.0, batch_size=64)
+    nets, masks, draw, update, optimizers, *_ = on_cuda(s, False)
+    update(draw(0))
+    count = L.kept(L.of_role(masks, "G")) // 2
+    move = optimizers["G"], masks, count, count, "gradient", L.rng(0, 0, "grow")
+    seconds = in_turn(5, lambda: (L.update_masks_(nets, "G", *move), torch.cuda.synchronize()))
+    print(f"  an update of G's mask: {1000 * float(seconds[0]):.1f} ms")
+
+
 def bench():
     torch.set_num_threads(THREADS)
+    bench_gpu()
     print(f"torch {torch.__version__}, {THREADS} threads")
     bench_start()
     bench_thresholds()
@@ -3391,6 +3446,71 @@ def test_on_cuda_a_run_ends_continues_and_starts_with_the_losses_of_a_cpu(
     assert math.isfinite(run(flags, "--amp --device cuda --out amp")["value"])
     (empty / "cuda/summary.json").unlink()
     run(flags, "--device cuda --out cuda")  # from the finished training
+
+
+CUDA_RUNS = {
+    "ddst": dict(model="sngan", density_D=0.4, update_every=4, width=0.1, batch_size=8),
+    "sdst": dict(model="vae", update_every=4, width=0.2, batch_size=16),
+    "dense": dict(model="resnet20", width=0.5, batch_size=16),  # its rate falls twice
+}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", CUDA_RUNS)
+def test_on_cuda_a_graph_trains_as_plain_steps_do_and_goes_on_after_a_kill(
+    tmp_path, monkeypatch, method
+):
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    for flags, name, value in (
+        (cudnn, "benchmark", False),
+        (cudnn, "deterministic", True),
+        (cudnn, "allow_tf32", False),
+        (matmul, "allow_tf32", False),
+    ):
+        monkeypatch.setattr(flags, name, value)
+    s = settings(method=method, steps=30, device="cuda", **CUDA_RUNS[method])
+
+    def run(graph, folder=None, end=None):
+        nets, masks, draw, update, optimizers, move, state = on_cuda(s, graph)
+
+        def after(step, out):
+            move(step, out)
+            if step == end:
+                raise InterruptedError
+
+        how = dict(optimizers=optimizers, masks=masks, after_step=after, state=state)
+        checkpoint = folder and L.Checkpoint(folder, "a", 0.0)
+        try:
+            L.train(nets, draw, update, 30, **how, checkpoint=checkpoint)
+        except InterruptedError:
+            pass
+        return copied(nets), masks, state
+
+    plain, graph = run(False), run(True)
+    run(True, tmp_path, 17)  # its last checkpoint is of step 16
+    again = run(True, tmp_path)
+    for name, other in (("graph", graph), ("continued", again)):
+        far = max(float((plain[0][n].double() - other[0][n].double()).abs().max()) for n in plain[0])
+        print(f"{method}, {name}: largest difference to plain steps {far:.3g}")
+        assert L.counts_of(plain[1]) == L.counts_of(other[1])
+        assert far < 1e-2 or far == 0
+    assert same(graph[0], again[0]) and same(graph[1], again[1])
+    if method == "ddst":
+        assert len(plain[2]["history"]) > 3 and plain[2]["history"][0] != plain[2]["history"][-1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_a_step_that_cannot_be_captured_says_so_and_trains_without(capsys):
+    weight = torch.zeros(1, device="cuda")
+
+    def update(draws):
+        weight.add_(draws[0].sum().item())  # waits for a value
+        return {"losses": {"net": weight.clone()}}
+
+    step = L.graphed(update)
+    for k in range(6):
+        step((torch.ones(2, device="cuda"), None))
+    assert weight.item() == 12 and "no CUDA graph" in capsys.readouterr().out
 
 
 def test_the_commands_and_snippets_of_readme_are_real(empty, capsys):
