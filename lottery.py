@@ -644,7 +644,6 @@ def prunable_modules(model):
     names = r"weight|(in|[qkv])_proj_weight|weight_[ih]h(_l\d+(_reverse)?)?"
     layers = [pair for pair in model.named_modules() if isinstance(pair[1], kinds)]
     for path, module in layers:
-        start = f"{path}.".lstrip(".")
         hidden = dict(getattr(module, "parametrizations", {}))
         found = vars(module) | module._parameters | hidden  # vars: what a hook computes
         for name, value in found.items():
@@ -653,9 +652,9 @@ def prunable_modules(model):
             if not isinstance(value, nn.Parameter):
                 if [type(v) for v in value] != [nn.utils.parametrizations._SpectralNorm]:
                     why = "is computed anew at each forward, where a mask would be lost; only"
-                    raise ValueError(f"{start}{name} {why} parametrizations.spectral_norm may")
+                    raise ValueError(f"{path}.{name} {why} parametrizations.spectral_norm may")
                 name = f"parametrizations.{name}.original"
-            yield start + name, module
+            yield f"{path}.{name}".removeprefix("."), module
 
 def prunable_parameters(model):
     """{name: parameter} of all prunable weights; a shared one counts once, under its first name."""
@@ -1140,14 +1139,13 @@ def scoring(*models):
         settle_spectral_norms_(nn.ModuleList(models))
         yield
 
-@torch.no_grad()
 def settle_spectral_norms_(model):
     """Iterate spectral norms' vectors 30 times from a fixed start, for the weights as they are."""
     for weight in model.modules():
         known = isinstance(weight, nn.utils.parametrize.ParametrizationList)
         if not known or not hasattr(weight[0], "_u"):  # another parametrisation
             continue
-        matrix = weight[0]._reshape_weight_to_matrix(weight.original)
+        matrix = weight[0]._reshape_weight_to_matrix(weight.original.detach())
         u = torch.randn(len(matrix), generator=rng(0, 0, "spectral norm")).to(matrix)
         for _ in range(30):
             v = F.normalize(matrix.T @ u, dim=0)
@@ -2069,7 +2067,7 @@ def kernel_distance(x, y, generator=None, subsets=10, size=1000):
 
 def generator_for_use(G, averaged=None, seed=0, size=64):
     """A copy of G in eval mode, for sampling: the averaged weights if there are any, with batch
-    norm statistics (over 20 seeded batches of (size, G.z)) and spectral norm vectors of their own."""
+    norm statistics (over 20 seeded batches (size, G.z)) and spectral norm vectors of their own."""
     if averaged is None:
         return copy.deepcopy(G).eval()
     use = copy.deepcopy(averaged)
@@ -2191,8 +2189,7 @@ def mac_positions(model, *inputs):
 
     for name, module in prunable_modules(model):
         name = first[id(model.get_parameter(name))]
-        module = caller.get(module, module)
-        module.register_forward_hook(functools.partial(count, name))
+        caller.get(module, module).register_forward_hook(functools.partial(count, name))
     model(*inputs)
     return dict(found)
 
