@@ -27,6 +27,7 @@ import torch.nn.utils.prune
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import lottery as L
 
@@ -596,10 +597,44 @@ def test_prunable_are_the_raw_weights_of_convolutions_and_linear_layers_of_any_m
     assert list(L.prunable_parameters(nn.Linear(2, 2))) == ["weight"]
 
 
-@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm])
-def test_layers_whose_raw_weight_is_not_known_are_refused(wrap):
-    with pytest.raises(AttributeError, match="original|weight"):
-        L.prunable_parameters(nn.Sequential(wrap(nn.Linear(2, 2))))
+LAYERS = [
+    (nn.Conv1d(3, 4, 5), 60),
+    (nn.Conv3d(2, 3, 3), 162),
+    (nn.ConvTranspose1d(3, 4, 5), 60),
+    (nn.ConvTranspose3d(2, 3, 3), 162),
+    (nn.LSTM(3, 4, 2, bidirectional=True), 2 * (48 + 64 + 128 + 64)),
+    (nn.LSTM(3, 4, proj_size=2), 48 + 32),  # weight_hr stays dense
+    (nn.GRU(3, 4), 36 + 48),
+    (nn.LSTMCell(3, 4), 48 + 64),
+    (nn.MultiheadAttention(4, 2, add_bias_kv=True), 48 + 16),
+    (nn.MultiheadAttention(4, 2, kdim=3, vdim=5), 16 + 12 + 20 + 16),
+    (nn.utils.parametrizations.spectral_norm(nn.GRU(3, 4), "weight_hh_l0"), 36 + 48),
+    (nn.Sequential(nn.Bilinear(3, 4, 5), nn.Embedding(3, 4), nn.Linear(4, 5)), 20),
+]
+
+
+@pytest.mark.parametrize("layer, count", LAYERS)
+def test_a_density_is_of_all_weights_of_every_kind_of_layer(layer, count):
+    weights = L.prunable_parameters(layer)
+    L.apply_masks_(layer, L.random_masks(weights, 0.2, L.rng(0, 0, "t")))
+    assert sum(w.numel() for w in weights.values()) == count
+    assert sum(int(w.count_nonzero()) for w in weights.values()) == round(0.2 * count)
+
+
+PRUNE, NORMS = torch.nn.utils.prune.identity, nn.utils.parametrizations
+COMPUTED = {
+    "pruned": lambda: PRUNE(nn.Linear(2, 2), "weight"),
+    "pruned attention": lambda: PRUNE(nn.MultiheadAttention(2, 1), "in_proj_weight"),
+    "orthogonal": lambda: NORMS.orthogonal(nn.Linear(2, 2)),
+    "weight norm": lambda: NORMS.weight_norm(nn.Conv1d(2, 2, 1)),
+    "old spectral norm": lambda: nn.utils.spectral_norm(nn.Linear(2, 2)),
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_layers_whose_raw_weight_is_not_known_are_refused(kind):
+    with pytest.raises(ValueError, match=r"^0\.\w*weight\w* is computed anew [^\n]*$"):
+        L.prunable_parameters(nn.Sequential(COMPUTED[kind]()))
 
 
 def test_masked_spectral_norm_stays_sparse_through_a_forward():
@@ -650,6 +685,9 @@ def test_masks_are_nested_and_exact_over_twenty_rounds_even_when_survivors_score
         assert L.kept(masks) == round(0.8 ** (k + 2) * 500)
         assert all((masks[n] <= before[n]).all() for n in masks)
     assert L.density(masks) == L.kept(masks) / 500 and L.density({}) == 1
+    for scope in ("global", "layer"):  # nothing comes back
+        with pytest.raises(ValueError, match="masks are nested"):
+            L.prune_masks(scores, 0.8, masks, scope)
 
 
 def test_scopes_rank_in_pools_of_their_own():
@@ -1320,6 +1358,21 @@ def test_scores_of_spectral_norm_are_of_its_settled_vectors():
         )
 
 
+def test_grasp_goes_through_every_kernel_of_attention():
+    torch.manual_seed(0)
+    net, x = nn.Linear(4, 12).double(), torch.randn(2, 1, 3, 4).double()
+
+    def by_hand(q, k, v):
+        return (q @ k.mT / 2).softmax(-1) @ v
+
+    ways = by_hand, F.scaled_dot_product_attention
+    plain, fused = (
+        scored(L.score_grasp, net, lambda k: way(*net(x).chunk(3, -1)).square().mean())["weight"]
+        for way in ways
+    )
+    assert torch.allclose(plain, fused, rtol=1e-9) and fused.any()
+
+
 class Random(nn.Module):
     def __init__(self):
         super().__init__()
@@ -1770,7 +1823,7 @@ def test_a_slim_model_computes_what_the_channel_masked_one_does(model, size):
 
 def own_chain():
     first = nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU()
-    second = nn.Conv2d(6, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU()
+    second = nn.Conv2d(6, 5, 3, padding=1), nn.BatchNorm2d(5), nn.PReLU()
     return stirred(nn.Sequential(*first, *second, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(45, 3)))
 
 
@@ -1798,6 +1851,9 @@ NORMED = torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(6, 5, 3))
         (("0", "1", ("3",)), {3: nn.Conv2d(6, 6, 3, groups=2)}, "3 cannot be cut"),
         (("0", "1", ("3",)), {3: NORMED}, "3 cannot be cut"),
         (("0", "1", ("3",)), {3: CONV, 6: CONV}, "3 cannot be cut"),  # a shared weight
+        (("0", "1", ("3",)), {2: nn.PReLU(6)}, "2 cannot be cut"),
+        (("0", "1", ("3",)), {2: nn.Conv2d(6, 6, 1, groups=6)}, "2 cannot be cut"),
+        (("0", "1", ("3",)), {2: nn.GroupNorm(2, 6)}, "2 cannot be cut"),
     ],
 )
 def test_what_is_no_chain_is_refused_by_name(chain, change, words):
@@ -1847,8 +1903,10 @@ def test_channel_masks_are_exact_also_when_all_scales_are_equal():
         assert all(m.any() and m.dtype == torch.bool for m in masks.values())
     with pytest.raises(ValueError, match="share of weights kept"):
         L.channel_masks(net, 1.5, chains)
-    with pytest.raises(ValueError, match="no batch norm"):
-        L.channel_masks(net, 0.5, [])
+    resnet = L.import_torchvision().models.resnet
+    net = resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1])  # of resnet50's blocks
+    with pytest.raises(ValueError, match="no batch norm .* Bottleneck"):
+        L.channel_masks(net, 0.5, L.channel_chains(net))
 
 
 def test_an_early_bird_needs_five_masks_that_are_all_near_the_newest():
@@ -2665,6 +2723,22 @@ def test_the_generator_for_use_has_statistics_of_its_own_weights_and_leaves_the_
     assert nets["G"].training
 
 
+@pytest.mark.parametrize("middle", [nn.BatchNorm1d(8), nn.Tanh()])
+def test_the_generator_for_use_has_settled_norms_of_any_kind(middle):
+    torch.manual_seed(0)
+    norm = torch.nn.utils.parametrizations.spectral_norm
+    G = nn.Sequential(norm(nn.Linear(6, 8)), middle, norm(nn.Linear(8, 4)))
+    G.z, average = 6, copy.deepcopy(G)
+    for p in average.parameters():
+        nn.init.normal_(p)
+    use = L.generator_for_use(G, average)
+    for layer in (use[0], use[2]):
+        assert torch.linalg.matrix_norm(layer.weight.detach(), 2) == pytest.approx(1, abs=1e-3)
+    if isinstance(middle, nn.BatchNorm1d):
+        parts = [use[0](L.latents(64, 6, 0, 0, "batch norm", k)).var(0) for k in range(20)]
+        assert torch.allclose(use[1].running_var, torch.stack(parts).mean(0), rtol=1e-4)
+
+
 def of_the_paper():
     """(nets, positions, sizes) of the paper's SNGAN at 32 x 32."""
     nets = L.build("sngan", 32)
@@ -2683,6 +2757,63 @@ def test_macs_by_hand_and_of_the_papers_generator():
         erk = L.erk_densities(shapes, density)
         macs = sum(positions[n] * sizes[n] * share for n, share in erk.items())
         assert macs / 1_681_129_472 == pytest.approx(ratio, abs=1e-6)
+
+
+X = torch.zeros(1, 7, 8)
+POSITIONS = [
+    (nn.Linear(3, 4), [torch.zeros(1, 5, 6, 3)], [30]),
+    (nn.Conv3d(7, 4, 3), [torch.zeros(1, 7, 4, 5, 6)], [24]),
+    (nn.ConvTranspose1d(7, 4, 3), [X], [8]),
+    (nn.LSTM(8, 5, bidirectional=True, batch_first=True), [X], [7] * 4),
+    (nn.GRUCell(8, 5), [X[0, :1]], [1, 1]),
+    (nn.Sequential(*[nn.Linear(8, 8)] * 2), [X], [14]),  # one weight, two uses
+    (nn.MultiheadAttention(8, 2), [X[0]] * 3, [7, 7]),
+    (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), [X], [7] * 4),
+]
+
+
+@pytest.mark.parametrize("model, inputs, wanted", POSITIONS)
+def test_every_weight_works_at_every_position_of_a_sequence(model, inputs, wanted):
+    assert [*L.mac_positions(model, *inputs).values()] == wanted
+
+
+def test_attention_to_another_length_has_no_count():
+    with pytest.raises(ValueError, match="in_proj_weight: MACs"):
+        L.mac_positions(nn.MultiheadAttention(8, 2), X[0], X[0, :3], X[0, :3])
+
+
+SEEN = {"mobilenet_v2": (), "densenet121": (), "VisionTransformer": (32, 8, 2, 2, 64, 128)}
+
+
+@pytest.mark.parametrize("kind", SEEN)
+def test_networks_of_other_kinds_are_scored_grown_and_counted_exactly(kind):
+    torch.manual_seed(0)
+    net = getattr(L.import_torchvision().models, kind)(*SEEN[kind], num_classes=4)
+    nets, x = nn.ModuleDict({"net": net}), torch.randn(2, 3, 32, 32)
+    weights = L.prunable_parameters(nets)
+    for w in weights.values():
+        w.data += 0.01 * torch.randn_like(w)  # the transformer's last layer starts at 0
+
+    def loss(k=0):
+        return F.cross_entropy(net(x), torch.tensor([0, 2]))
+
+    for score in (L.score_snip, L.score_grasp):
+        scores = scored(score, nets, loss)
+        assert all(s.isfinite().all() and s.any() for s in scores.values())
+    with FlopCounterMode(display=False) as flops:
+        net.eval()(x[:1])
+    parts, aten = flops.get_flop_counts()["Global"], torch.ops.aten
+    positions = L.mac_positions(net, x[:1])  # addmm: without queries x keys
+    macs = sum(positions[n.removeprefix("net.")] * w.numel() for n, w in weights.items())
+    assert 2 * macs == parts[aten.convolution] + parts[aten.addmm]
+    masks = L.prune_masks(scores, 0.2, keep_best=True)
+    L.apply_masks_(nets, masks)
+    loss().backward()
+    sgd, given = torch.optim.SGD(net.parameters(), 0.1, 0.9), (masks, 500, 500, "gradient", None)
+    assert L.update_masks_(nets, "net", sgd, *given)
+    left = sum(int(w.count_nonzero()) for w in weights.values())
+    total = sum(w.numel() for w in weights.values())
+    assert L.kept(masks) == round(0.2 * total) and left <= L.kept(masks)
 
 
 def test_training_macs_reproduce_the_published_totals():
@@ -3406,6 +3537,7 @@ def test_the_commands_and_snippets_of_readme_are_real(empty, capsys):
     run(*TINY, "--steps 2 --out runs/ddst-sngan-shapes-0")
     snippets = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len(snippets) >= 6
+    assert all("keep_best=True" in call for call in re.findall(r"prune_masks\(.*", text))
     for snippet in snippets:
         capsys.readouterr()
         exec(snippet, {})
