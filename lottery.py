@@ -644,15 +644,15 @@ def prunable_modules(model):
     names = r"weight|(in|[qkv])_proj_weight|weight_[ih]h(_l\d+(_reverse)?)?"
     layers = [pair for pair in model.named_modules() if isinstance(pair[1], kinds)]
     for path, module in layers:
-        hidden = dict(getattr(module, "parametrizations", {}))
-        found = vars(module) | module._parameters | hidden  # vars: what a hook computes
-        for name, value in found.items():
+        own = vars(module) | module._parameters  # vars: what a hook computes
+        own |= getattr(module, "parametrizations", {})
+        for name, value in own.items():
             if value is None or not re.fullmatch(names, name):
                 continue
             if not isinstance(value, nn.Parameter):
                 if [type(v) for v in value] != [nn.utils.parametrizations._SpectralNorm]:
-                    why = "is computed anew at each forward, where a mask would be lost; only"
-                    raise ValueError(f"{path}.{name} {why} parametrizations.spectral_norm may")
+                    why = "is computed anew at each forward: masks would be lost"
+                    raise ValueError(f"{path}.{name} {why}")
                 name = f"parametrizations.{name}.original"
             yield f"{path}.{name}".removeprefix("."), module
 
@@ -699,7 +699,7 @@ def prune_masks(scores, density, masks=None, scope="global", keep_best=False):
     pool = torch.cat(flats)
     k = max(1, round(density * len(pool)))
     if masks and k > int(torch.count_nonzero(pool > -math.inf)):
-        raise ValueError(f"masks are nested; these leave less than the {k} weights of {density}")
+        raise ValueError(f"masks are nested; these keep less than {k} weights")
     if keep_best and k < len(scores):
         raise ValueError(f"{k} weights cannot keep {len(scores)} layers alive")
     return split_like(keep_top(pool, k), scores)
@@ -1142,8 +1142,8 @@ def scoring(*models):
 def settle_spectral_norms_(model):
     """Iterate spectral norms' vectors 30 times from a fixed start, for the weights as they are."""
     for weight in model.modules():
-        known = isinstance(weight, nn.utils.parametrize.ParametrizationList)
-        if not known or not hasattr(weight[0], "_u"):  # another parametrisation
+        listed = isinstance(weight, nn.utils.parametrize.ParametrizationList)
+        if not listed or not hasattr(weight[0], "_u"):
             continue
         matrix = weight[0]._reshape_weight_to_matrix(weight.original.detach())
         u = torch.randn(len(matrix), generator=rng(0, 0, "spectral norm")).to(matrix)
@@ -1434,7 +1434,7 @@ def channel_masks(model, fraction, chains, scope="global"):
     The best channel of every layer stays, or the network is cut in two. Public code keeps what is
     strictly above a threshold: at the start, when all scales are equal, nothing."""
     if not chains:
-        raise ValueError("no chains here: no batch norm between two layers, or Bottleneck blocks")
+        raise ValueError("no chains here: no batch norm between layers, or Bottleneck")
     gammas = gammas_of(model, chains)
     if scope == "global":
         least = len(gammas) / sum(map(len, gammas.values()))
@@ -1484,7 +1484,7 @@ def watch_channels(nets, chains, fraction, scope, epoch, steps, state):
 def check_chains(model, chains):
     """ValueError for what `slim` would cut wrongly: layers with groups, a parametrised or a shared
     weight, norms that mix channels, and what stands before a consumer with numbers per channel."""
-    order = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    order = list(dict(model.named_modules(remove_duplicate=False)))
     dense = nn.modules.batchnorm._BatchNorm, nn.modules.conv._ConvNd, nn.Linear
     named = model.named_parameters(remove_duplicate=False)
     owners = collections.Counter(id(p) for _, p in named)
@@ -1500,9 +1500,9 @@ def check_chains(model, chains):
             raise ValueError(f"{chain.norm} is no batch norm")
         for name in order[order.index(chain.norm) : order.index(chain.consumers[0])]:
             layer = model.get_submodule(name)
-            known = isinstance(layer, dense) and getattr(layer, "groups", 1) == 1
-            if not known and any(p.numel() > 1 for p in layer.parameters(recurse=False)):
-                raise ValueError(f"{name} cannot be cut, with {chain.norm} before it")
+            whole = isinstance(layer, dense) and getattr(layer, "groups", 1) == 1
+            if not whole and any(p.numel() > 1 for p in layer.parameters(recurse=False)):
+                raise ValueError(f"{name} cannot be cut behind {chain.norm}")
 
 def cut_(layer, name, dim, keep):
     """Leave the entries `keep` (bool) of one dimension of a layer's parameter or buffer."""
@@ -2176,16 +2176,16 @@ def mac_positions(model, *inputs):
     found, model = collections.Counter(), copy.deepcopy(model).eval()
     first = {id(w): name for name, w in prunable_parameters(model).items()}
     attention = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
-    caller = {m.out_proj: m for m in attention}  # reads the weight of out_proj, does not call it
+    caller = {m.out_proj: m for m in attention}  # reads its weight
 
     def count(name, module, args, output):
         while isinstance(output, tuple):  # of attention and recurrent layers
             output = output[0]
         if module in attention and {x.shape[:-1] for x in args[1:3]} != {output.shape[:-1]}:
-            raise ValueError(f"{name}: MACs need key and value by position, as long as the query")
+            raise ValueError(f"{name}: MACs need (query, key, value) of one length")
         area = args[0] if getattr(module, "transposed", False) else output
         channels = -1 - len(getattr(module, "kernel_size", ()))
-        found[name] += area.numel() // area.shape[channels]  # +=: it may be called twice
+        found[name] += area.numel() // area.shape[channels]  # +=: called twice
 
     for name, module in prunable_modules(model):
         name = first[id(model.get_parameter(name))]
