@@ -651,7 +651,7 @@ def prunable_modules(model):
                 continue
             if not isinstance(value, nn.Parameter):
                 if [type(v) for v in value] != [nn.utils.parametrizations._SpectralNorm]:
-                    why = "is computed anew at each forward: masks would be lost"
+                    why = "is computed anew (not by parametrizations.spectral_norm): masks are lost"
                     raise ValueError(f"{path}.{name} {why}")
                 name = f"parametrizations.{name}.original"
             yield f"{path}.{name}".removeprefix("."), module
