@@ -644,14 +644,24 @@ def build(model, size=32, channels=3, width=1.0, z=None, seed=0, classes=10, dra
 #    float because multiplying by a bool mask is three to ten times slower.
 
 def prunable_modules(model):
-    """(name of the raw weight, module) of every Conv2d, ConvTranspose2d and Linear of any model.
-    Raw: under spectral norm a mask on the normalised weight would be gone at the next forward."""
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            raw = "weight"
-            if nn.utils.parametrize.is_parametrized(module, raw):
-                raw = "parametrizations.weight.original"
-            yield f"{path}.{raw}".removeprefix("."), module
+    """(name of the raw weight, module) of every weight of a convolution, Linear, attention or
+    recurrent layer of any model; other parameters stay dense. Raw: under spectral norm a mask on
+    the normalised weight would be gone at the next forward. Others that compute it are refused."""
+    kinds = nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase
+    names = r"weight|(in|[qkv])_proj_weight|weight_[ih]h(_l\d+(_reverse)?)?"
+    layers = [pair for pair in model.named_modules() if isinstance(pair[1], kinds)]
+    for path, module in layers:
+        own = vars(module) | module._parameters  # vars: what a hook computes
+        own |= getattr(module, "parametrizations", {})
+        for name, value in own.items():
+            if value is None or not re.fullmatch(names, name):
+                continue
+            if not isinstance(value, nn.Parameter):
+                if [type(v) for v in value] != [nn.utils.parametrizations._SpectralNorm]:
+                    why = "is computed anew (not by parametrizations.spectral_norm): masks are lost"
+                    raise ValueError(f"{path}.{name} {why}")
+                name = f"parametrizations.{name}.original"
+            yield f"{path}.{name}".removeprefix("."), module
 
 def prunable_parameters(model):
     """{name: parameter} of all prunable weights; a shared one counts once, under its first name."""
@@ -674,7 +684,7 @@ def keep_top(scores, k):
 def prune_masks(scores, density, masks=None, scope="global", keep_best=False):
     """Masks that keep the round(density x N) weights of largest score of all N. Han et al. 2015.
     scores     {name: tensor}, larger = keep; |weight| for magnitude pruning
-    masks      what is pruned already: ranks below every survivor, even a 0, so masks are nested
+    masks      what is pruned already and stays so: masks are nested, also where survivors are 0
     scope      "global": one pool; "network": one for each name up to its first dot; "layer"
     keep_best  the best survivor of each tensor stays: an empty layer cuts the network in two"""
     if not 0 < density <= 1:
@@ -695,6 +705,8 @@ def prune_masks(scores, density, masks=None, scope="global", keep_best=False):
             flat[flat.argmax()] = math.inf
     pool = torch.cat(flats)
     k = max(1, round(density * len(pool)))
+    if masks and k > int(torch.count_nonzero(pool > -math.inf)):
+        raise ValueError(f"masks are nested; these keep less than {k} weights")
     if keep_best and k < len(scores):
         raise ValueError(f"{k} weights cannot keep {len(scores)} layers alive")
     return split_like(keep_top(pool, k), scores)
@@ -1188,23 +1200,28 @@ class Checkpoint:
 def scoring(*models):
     """`untouched`, and scores that depend on weights and data alone. Batch norm takes statistics of
     the batch (running ones are still empty), all else is in eval mode, and spectral norm's vectors
-    are iterated 30 times from a fixed start, then still: with one iteration a forward, scores
-    would depend on what the last forward left."""
-    with untouched(*models), torch.enable_grad(), torch.random.fork_rng([]):
+    are settled, then still: with one iteration a forward, scores would depend on what the last
+    forward left. Of the kernels of attention only the plain one has the second derivative."""
+    plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with untouched(*models), torch.enable_grad(), torch.random.fork_rng([]), plain:
         for layer in nn.ModuleList(models).modules():
             layer.training = isinstance(layer, nn.modules.batchnorm._BatchNorm)
-            if not nn.utils.parametrize.is_parametrized(layer, "weight"):
-                continue
-            weight = layer.parametrizations.weight
-            norm, raw = weight[0], weight.original.detach()
-            matrix = norm._reshape_weight_to_matrix(raw)
-            u = torch.randn(len(matrix), generator=rng(0, 0, "spectral norm")).to(matrix)
-            for _ in range(30):
-                v = F.normalize(matrix.T @ u, dim=0)
-                u = F.normalize(matrix @ v, dim=0)
-            norm._u.copy_(u)
-            norm._v.copy_(v)
+        settle_spectral_norms_(nn.ModuleList(models))
         yield
+
+def settle_spectral_norms_(model):
+    """Iterate spectral norms' vectors 30 times from a fixed start, for the weights as they are."""
+    for weight in model.modules():
+        listed = isinstance(weight, nn.utils.parametrize.ParametrizationList)
+        if not listed or not hasattr(weight[0], "_u"):
+            continue
+        matrix = weight[0]._reshape_weight_to_matrix(weight.original.detach())
+        u = torch.randn(len(matrix), generator=rng(0, 0, "spectral norm")).to(matrix)
+        for _ in range(30):
+            v = F.normalize(matrix.T @ u, dim=0)
+            u = F.normalize(matrix @ v, dim=0)
+        weight[0]._u.copy_(u)
+        weight[0]._v.copy_(v)
 
 def score_magnitude(model):
     """|w|: the baseline that ignores the data, which a score that looks at data has to beat."""
@@ -1456,8 +1473,8 @@ class Chain(NamedTuple):
 
 def channel_chains(model):
     """The Chains of any model that holds our Encoder, Decoder, UpBlock, DownBlock or BasicBlock, or
-    torchvision's BasicBlock. In no chain: image channels, latents, logits, mean and log-variance,
-    sums of residual blocks, and layers without batch norm (sngan's D, linear_ae)."""
+    torchvision's BasicBlock; not Bottleneck. In no chain: image channels, latents, logits, mean and
+    log-variance, sums of residual blocks, layers without batch norm (sngan's D, linear_ae)."""
     chains = []
     for path, module in model.named_modules():
         found, kind = [], str(type(module))
@@ -1487,7 +1504,7 @@ def channel_masks(model, fraction, chains, scope="global"):
     The best channel of every layer stays, or the network is cut in two. Public code keeps what is
     strictly above a threshold: at the start, when all scales are equal, nothing."""
     if not chains:
-        raise ValueError("no batch norm between two convolutions, so no scale ranks the channels")
+        raise ValueError("no chains here: no batch norm between layers, or Bottleneck")
     gammas = gammas_of(model, chains)
     if scope == "global":
         least = len(gammas) / sum(map(len, gammas.values()))
@@ -1536,7 +1553,9 @@ def watch_channels(nets, chains, fraction, scope, epoch, steps, state):
 
 def check_chains(model, chains):
     """ValueError for what `slim` would cut wrongly: layers with groups, a parametrised or a shared
-    weight, and norms that mix channels."""
+    weight, norms that mix channels, and what stands before a consumer with numbers per channel."""
+    order = list(dict(model.named_modules(remove_duplicate=False)))
+    dense = nn.modules.batchnorm._BatchNorm, nn.modules.conv._ConvNd, nn.Linear
     named = model.named_parameters(remove_duplicate=False)
     owners = collections.Counter(id(p) for _, p in named)
     for chain in chains:
@@ -1549,6 +1568,11 @@ def check_chains(model, chains):
         norm = model.get_submodule(chain.norm)
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"{chain.norm} is no batch norm")
+        for name in order[order.index(chain.norm) : order.index(chain.consumers[0])]:
+            layer = model.get_submodule(name)
+            whole = isinstance(layer, dense) and getattr(layer, "groups", 1) == 1
+            if not whole and any(p.numel() > 1 for p in layer.parameters(recurse=False)):
+                raise ValueError(f"{name} cannot be cut behind {chain.norm}")
 
 def cut_(layer, name, dim, keep):
     """Leave the entries `keep` (bool) of one dimension of a layer's parameter or buffer."""
@@ -1731,7 +1755,7 @@ def update_masks_(nets, role, optimizer, masks, drop, grow, how, generator):
         name = f"{role}.{short}"
         if name in masks:
             weights[name] = nets.get_parameter(name)
-            dims[name] = int(isinstance(module, nn.ConvTranspose2d))  # (in, out, kh, kw)
+            dims[name] = int(getattr(module, "transposed", False))  # (in, out, kh, kw)
     own = {name: masks[name] for name in weights}
     gradients = {name: w.grad for name, w in weights.items()}
     given = weights, own, gradients, drop, grow, how, generator, dims
@@ -2113,10 +2137,11 @@ def kernel_distance(x, y, generator=None, subsets=10, size=1000):
 
 def generator_for_use(G, averaged=None, seed=0, size=64):
     """A copy of G in eval mode, for sampling: the averaged weights if there are any, with batch
-    norm statistics of their own (over 20 seeded batches; those of the live G are not theirs)."""
+    norm statistics (over 20 seeded batches (size, G.z)) and spectral norm vectors of their own."""
     if averaged is None:
         return copy.deepcopy(G).eval()
     use = copy.deepcopy(averaged)
+    settle_spectral_norms_(use)
     device = next(use.parameters()).device
     z = [latents(size, G.z, seed, 0, "batch norm", k) for k in range(20)]
     torch.optim.swa_utils.update_bn(z, use, device)
@@ -2215,16 +2240,26 @@ def measure(nets, held_out, truth, reference=None, seed=0):
 @torch.no_grad()
 def mac_positions(model, *inputs):
     """{name of prunable weight: positions per image at which it works}: a convolution's output
-    pixels, a transposed one's input pixels, 1 for linear. A layer's MACs per image are positions x
-    weights kept; biases, norms and activations are not counted. inputs: of one forward, B = 1."""
+    pixels, a transposed one's input pixels, a sequence's length, else 1. A layer's MACs per image
+    are positions x weights kept. Not counted: what has no prunable weight (biases, norms, queries x
+    keys), and weights used without a call of their module. inputs: of one forward, B = 1."""
     found, model = collections.Counter(), copy.deepcopy(model).eval()
+    first = {id(w): name for name, w in prunable_parameters(model).items()}
+    attention = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+    caller = {m.out_proj: m for m in attention}  # reads its weight
 
     def count(name, module, args, output):
-        area = args[0] if isinstance(module, nn.ConvTranspose2d) else output
-        found[name] += area[0].numel() // len(module.weight)  # +=: a layer may be called twice
+        while isinstance(output, tuple):  # of attention and recurrent layers
+            output = output[0]
+        if module in attention and {x.shape[:-1] for x in args[1:3]} != {output.shape[:-1]}:
+            raise ValueError(f"{name}: MACs need (query, key, value) of one length")
+        area = args[0] if getattr(module, "transposed", False) else output
+        channels = -1 - len(getattr(module, "kernel_size", ()))
+        found[name] += area.numel() // area.shape[channels]  # +=: called twice
 
     for name, module in prunable_modules(model):
-        module.register_forward_hook(functools.partial(count, name))
+        name = first[id(model.get_parameter(name))]
+        caller.get(module, module).register_forward_hook(functools.partial(count, name))
     model(*inputs)
     return dict(found)
 

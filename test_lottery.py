@@ -27,6 +27,7 @@ import torch.nn.utils.prune
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import lottery as L
 
@@ -651,10 +652,40 @@ def test_prunable_are_the_raw_weights_of_convolutions_and_linear_layers_of_any_m
     assert list(L.prunable_parameters(nn.Linear(2, 2))) == ["weight"]
 
 
-@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm])
-def test_layers_whose_raw_weight_is_not_known_are_refused(wrap):
-    with pytest.raises(AttributeError, match="original|weight"):
-        L.prunable_parameters(nn.Sequential(wrap(nn.Linear(2, 2))))
+LAYERS = [
+    ([nn.Conv1d(3, 4, 5), nn.ConvTranspose1d(3, 4, 5)], 60 + 60),
+    ([nn.Conv3d(2, 3, 3), nn.ConvTranspose3d(2, 3, 3)], 162 + 162),
+    ([nn.LSTM(3, 4, bidirectional=True, proj_size=2)], 2 * (48 + 32)),  # weight_hr stays dense
+    ([nn.GRU(3, 4), nn.LSTMCell(3, 4)], 36 + 48 + 48 + 64),
+    ([nn.MultiheadAttention(4, 2, add_bias_kv=True)], 48 + 16),
+    ([nn.MultiheadAttention(4, 2, kdim=3, vdim=5), nn.Embedding(3, 4)], 16 + 12 + 20 + 16),
+    ([nn.utils.parametrizations.spectral_norm(nn.GRU(3, 4), "weight_hh_l0")], 36 + 48),
+]
+
+
+@pytest.mark.parametrize("layers, count", LAYERS)
+def test_a_density_is_of_all_weights_of_every_kind_of_layer(layers, count):
+    net = nn.Sequential(*layers)
+    weights = L.prunable_parameters(net)
+    L.apply_masks_(net, L.random_masks(weights, 0.2, L.rng(0, 0, "t")))
+    assert sum(w.numel() for w in weights.values()) == count
+    assert sum(int(w.count_nonzero()) for w in weights.values()) == round(0.2 * count)
+
+
+PRUNE, NORMS = torch.nn.utils.prune.identity, nn.utils.parametrizations
+COMPUTED = [
+    (PRUNE, nn.Linear(2, 2), "weight"),
+    (PRUNE, nn.MultiheadAttention(2, 1), "in_proj_weight"),
+    (NORMS.orthogonal, nn.LSTM(2, 2), "weight_hh_l0"),
+    (NORMS.weight_norm, nn.Conv1d(2, 2, 1), "weight"),
+    (nn.utils.spectral_norm, nn.Linear(2, 2), "weight"),
+]
+
+
+@pytest.mark.parametrize("compute, layer, name", COMPUTED)
+def test_layers_whose_raw_weight_is_not_known_are_refused(compute, layer, name):
+    with pytest.raises(ValueError, match=rf"^0\.{name} is computed anew [^\n]*$"):
+        L.prunable_parameters(nn.Sequential(compute(layer, name)))
 
 
 def test_masked_spectral_norm_stays_sparse_through_a_forward():
@@ -705,6 +736,8 @@ def test_masks_are_nested_and_exact_over_twenty_rounds_even_when_survivors_score
         assert L.kept(masks) == round(0.8 ** (k + 2) * 500)
         assert all((masks[n] <= before[n]).all() for n in masks)
     assert L.density(masks) == L.kept(masks) / 500 and L.density({}) == 1
+    with pytest.raises(ValueError, match="masks are nested"):  # nothing comes back
+        L.prune_masks(scores, 0.8, masks)
 
 
 def test_scopes_rank_in_pools_of_their_own():
@@ -1377,6 +1410,20 @@ def test_scores_of_spectral_norm_are_of_its_settled_vectors():
         )
 
 
+def test_grasp_goes_through_every_kernel_of_attention():
+    torch.manual_seed(0)
+    net, x = nn.Linear(4, 12).double(), torch.randn(2, 1, 3, 4).double()
+
+    def by_hand(q, k, v):
+        return (q @ k.mT / 2).softmax(-1) @ v
+
+    plain, fused = (
+        scored(L.score_grasp, net, lambda k: way(*net(x).chunk(3, -1)).square().mean())
+        for way in (by_hand, F.scaled_dot_product_attention)
+    )
+    assert torch.allclose(plain["weight"], fused["weight"], rtol=1e-9)
+
+
 class Random(nn.Module):
     def __init__(self):
         super().__init__()
@@ -1401,14 +1448,6 @@ def test_scores_of_layers_that_draw_at_random_repeat_and_leave_the_callers_rando
     assert torch.equal(state, torch.get_rng_state()) and same(one, scored(L.score_snip, net, loss))
 
 
-@SCORES
-def test_torchvisions_modules_are_scored_and_pruned_to_the_exact_count(score):
-    net, x = L.import_torchvision().models.resnet18(num_classes=3), torch.randn(2, 3, 32, 32)
-    scores = scored(score, net, lambda k: F.cross_entropy(net(x), torch.tensor([0, 2])))
-    total = sum(s.numel() for s in scores.values())
-    assert len(scores) == 21 and L.kept(L.prune_masks(scores, 0.1)) == round(0.1 * total)
-
-
 def test_a_weight_in_two_layers_has_one_score_of_both_uses():
     net, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), torch.randn(5, 4)
     net[2].weight = net[0].weight
@@ -1416,6 +1455,7 @@ def test_a_weight_in_two_layers_has_one_score_of_both_uses():
     (g,) = torch.autograd.grad(net(x).square().mean(), net[0].weight)
     assert list(scores) == ["0.weight"]
     assert torch.allclose(scores["0.weight"], (net[0].weight * g).abs())
+    assert L.mac_positions(net, x[:1]) == {"0.weight": 2}
 
 
 @SCORES
@@ -1827,7 +1867,7 @@ def test_a_slim_model_computes_what_the_channel_masked_one_does(model, size):
 
 def own_chain():
     first = nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU()
-    second = nn.Conv2d(6, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU()
+    second = nn.Conv2d(6, 5, 3, padding=1), nn.BatchNorm2d(5), nn.PReLU()
     return stirred(nn.Sequential(*first, *second, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(45, 3)))
 
 
@@ -1855,6 +1895,9 @@ NORMED = torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(6, 5, 3))
         (("0", "1", ("3",)), {3: nn.Conv2d(6, 6, 3, groups=2)}, "3 cannot be cut"),
         (("0", "1", ("3",)), {3: NORMED}, "3 cannot be cut"),
         (("0", "1", ("3",)), {3: CONV, 6: CONV}, "3 cannot be cut"),  # a shared weight
+        (("0", "1", ("3",)), {2: nn.PReLU(6)}, "2 cannot be cut"),
+        (("0", "1", ("3",)), {2: nn.Conv2d(6, 6, 1, groups=6)}, "2 cannot be cut"),
+        (("0", "1", ("3",)), {2: nn.GroupNorm(2, 6)}, "2 cannot be cut"),
     ],
 )
 def test_what_is_no_chain_is_refused_by_name(chain, change, words):
@@ -1904,8 +1947,9 @@ def test_channel_masks_are_exact_also_when_all_scales_are_equal():
         assert all(m.any() and m.dtype == torch.bool for m in masks.values())
     with pytest.raises(ValueError, match="share of weights kept"):
         L.channel_masks(net, 1.5, chains)
-    with pytest.raises(ValueError, match="no batch norm"):
-        L.channel_masks(net, 0.5, [])
+    net = nn.Sequential(L.import_torchvision().models.resnet.Bottleneck(8, 2))
+    with pytest.raises(ValueError, match="no batch norm .*Bottleneck"):
+        L.channel_masks(net, 0.5, L.channel_chains(net))
 
 
 def test_an_early_bird_needs_five_masks_that_are_all_near_the_newest():
@@ -2722,6 +2766,22 @@ def test_the_generator_for_use_has_statistics_of_its_own_weights_and_leaves_the_
     assert nets["G"].training
 
 
+@pytest.mark.parametrize("middle", [nn.BatchNorm1d(8), nn.Tanh()])
+def test_the_generator_for_use_has_settled_norms_of_any_kind(middle):
+    torch.manual_seed(0)
+    norm = NORMS.spectral_norm
+    G = nn.Sequential(norm(nn.Linear(6, 8)), middle, norm(nn.Linear(8, 4)))
+    G.z, average = 6, copy.deepcopy(G)
+    for p in average.parameters():
+        nn.init.normal_(p)
+    use = L.generator_for_use(G, average)
+    norms = [float(torch.linalg.matrix_norm(use[i].weight.detach(), 2)) for i in (0, 2)]
+    assert norms == pytest.approx([1, 1], abs=1e-3)
+    if isinstance(middle, nn.BatchNorm1d):
+        parts = [use[0](L.latents(64, 6, 0, 0, "batch norm", k)).var(0) for k in range(20)]
+        assert torch.allclose(use[1].running_var, torch.stack(parts).mean(0), rtol=1e-4)
+
+
 def of_the_paper():
     """(nets, positions, sizes) of the paper's SNGAN at 32 x 32."""
     nets = L.build("sngan", 32)
@@ -2733,6 +2793,8 @@ def test_macs_by_hand_and_of_the_papers_generator():
     model = nn.Sequential(*convs, nn.Flatten(), nn.Linear(4 * 8 * 8, 5))
     by_hand = {"0.weight": 16, "1.weight": 16, "3.weight": 1}
     assert L.mac_positions(model, torch.zeros(1, 3, 8, 8)) == by_hand
+    with pytest.raises(ValueError, match="in_proj_weight: MACs"):  # more queries than keys
+        L.mac_positions(nn.MultiheadAttention(4, 1), torch.zeros(3, 4), *torch.zeros(2, 2, 4))
     nets, positions, sizes = of_the_paper()
     assert sum(positions[n] * sizes[n] for n in sizes if n[0] == "G") == 1_681_129_472
     shapes = {f"G.{n}": tuple(w.shape) for n, w in L.prunable_parameters(nets["G"]).items()}
@@ -2740,6 +2802,53 @@ def test_macs_by_hand_and_of_the_papers_generator():
         erk = L.erk_densities(shapes, density)
         macs = sum(positions[n] * sizes[n] * share for n, share in erk.items())
         assert macs / 1_681_129_472 == pytest.approx(ratio, abs=1e-6)
+
+
+X = torch.zeros(1, 7, 8)
+POSITIONS = [
+    (nn.Linear(3, 4), [torch.zeros(1, 5, 6, 3)], [30]),
+    (nn.ConvTranspose1d(7, 4, 3), [X], [8]),
+    (nn.LSTM(8, 5, bidirectional=True), [X[0], (torch.zeros(2, 5),) * 2], [7] * 4),
+    (nn.MultiheadAttention(8, 2), [X[0]] * 3, [7, 7]),
+    (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), [X], [7] * 4),
+]
+
+
+@pytest.mark.parametrize("model, inputs, wanted", POSITIONS)
+def test_every_weight_works_at_every_position_of_a_sequence(model, inputs, wanted):
+    assert [*L.mac_positions(model, *inputs).values()] == wanted
+
+
+GIVEN = dict(resnet18=(), mobilenet_v2=(), densenet121=(), VisionTransformer=(32, 8, 2, 2, 64, 128))
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+def test_networks_of_other_kinds_are_scored_grown_and_counted_exactly(kind):
+    torch.manual_seed(0)
+    net = getattr(L.import_torchvision().models, kind)(*GIVEN[kind], num_classes=4)
+    nets, x = nn.ModuleDict({"net": net}), torch.randn(2, 3, 32, 32)
+    weights = L.prunable_parameters(nets)
+    for w in weights.values():
+        w.data += 0.01 * torch.randn_like(w)  # the transformer's last layer starts at 0
+
+    def loss(k=0):
+        return F.cross_entropy(net(x), torch.tensor([0, 2]))
+
+    for score in (L.score_snip, L.score_grasp):
+        scores = scored(score, nets, loss)
+        assert all(s.isfinite().all() and s.any() for s in scores.values())
+    with FlopCounterMode(display=False) as flops:
+        net.eval()(x[:1])
+    parts, aten = flops.get_flop_counts()["Global"], torch.ops.aten
+    positions = L.mac_positions(net, x[:1])  # addmm: without queries x keys
+    macs = sum(positions[n.removeprefix("net.")] * w.numel() for n, w in weights.items())
+    assert 2 * macs == parts[aten.convolution] + parts[aten.addmm]
+    masks = L.prune_masks(scores, 0.2, keep_best=True)
+    L.apply_masks_(nets, masks)
+    loss().backward()
+    sgd = torch.optim.SGD(net.parameters(), 0.1, 0.9)
+    assert L.update_masks_(nets, "net", sgd, masks, 500, 500, "gradient", None)
+    assert L.kept(masks) == round(0.2 * sum(w.numel() for w in weights.values()))
 
 
 def test_training_macs_reproduce_the_published_totals():
@@ -3529,6 +3638,7 @@ def test_the_commands_and_snippets_of_readme_are_real(empty, capsys):
     run(*TINY, "--steps 2 --out runs/ddst-sngan-shapes-0")
     snippets = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len(snippets) >= 6
+    assert all("keep_best=True" in call for call in re.findall(r"prune_masks\(.*", text))
     for snippet in snippets:
         capsys.readouterr()
         exec(snippet, {})
