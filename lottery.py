@@ -649,17 +649,19 @@ def prunable_modules(model):
     the normalised weight would be gone at the next forward. Others that compute it are refused."""
     kinds = nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase
     names = r"weight|(in|[qkv])_proj_weight|weight_[ih]h(_l\d+(_reverse)?)?"
-    layers = [pair for pair in model.named_modules() if isinstance(pair[1], kinds)]
-    for path, module in layers:
+    for path, module in model.named_modules():
+        if not isinstance(module, kinds):
+            continue
         own = vars(module) | module._parameters  # vars: what a hook computes
         own |= getattr(module, "parametrizations", {})
         for name, value in own.items():
             if value is None or not re.fullmatch(names, name):
                 continue
             if not isinstance(value, nn.Parameter):
-                if [type(v) for v in value] != [nn.utils.parametrizations._SpectralNorm]:
-                    why = "is computed anew (not by parametrizations.spectral_norm): masks are lost"
-                    raise ValueError(f"{path}.{name} {why}")
+                steps = [type(step) for step in value]
+                if steps != [nn.utils.parametrizations._SpectralNorm]:
+                    why = "is computed anew, not by parametrizations.spectral_norm"
+                    raise ValueError(f"{path}.{name} {why}: a mask would be lost")
                 name = f"parametrizations.{name}.original"
             yield f"{path}.{name}".removeprefix("."), module
 
