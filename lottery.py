@@ -1836,23 +1836,19 @@ def control_counts(masks, max_density, change=0.05, floor=0.05):
     return dict(change=change, floor=floor, cap=cap, total=total)
 
 def gan_schedule(steps, update_every=None, strict=False):
-    """(steps between updates of G's mask, between decisions on D, window of the balance ratio,
-    first step at which D may change).
-    The paper's 500, 1,000 (strict: 2,000), 1,000 and 1,000 of 100,000 steps, scaled with the run. A
-    floor of 20: between two updates new weights need time to grow past the magnitude that would
-    drop them. Here: in a run under 20,000 steps D is left alone for 5 % of them, because at the
-    start it is far ahead and would be cut to its floor."""
+    """Steps between updates of G's mask, between decisions on D, the window of the balance ratio,
+    the first step at which D may change, and steps between balance ratios.
+    The paper's 500, 1,000 (strict: 2,000), 1,000, 1,000 and 10 of 100,000 steps, scaled with the
+    run. At least 20: new weights need time to grow past the magnitude that would drop them. A
+    decision rests on at least 20 ratios, or on one a step: by 4, one in seven went wrong. In a run
+    under 20,000 steps D is left alone for 5 % of them: at first it is far ahead and would be cut."""
     every = update_every or max(20, steps // 200)
-    every_D = 4 * every if strict else 2 * every
+    every_D, window = (4 if strict else 2) * every, 2 * every
     first = every_D
     if steps < 20_000:
         first = max(every_D, math.ceil(0.05 * steps))
-    return 0 if update_every == 0 else every, every_D, 2 * every, first
-
-def ratio_interval(window):
-    """Steps between balance ratios such that a decision rests on at least 20 of them, or on one a
-    step; the paper's 10 steps at its length. By 4 measurements one decision in seven went wrong."""
-    return max(1, min(10, window // 20))
+    every_G = 0 if update_every == 0 else every
+    return every_G, every_D, window, first, max(1, min(10, window // 20))
 
 def dynamic_gan(
     nets, optimizers, masks, state, *, steps, seed, ratio_every=10, window_steps=0, update_every=0,
@@ -2191,35 +2187,28 @@ def accuracy(net, images, labels, size=500):
         right += int((net(x).argmax(1) == truth.to(device)).sum())
     return right / len(images)
 
-class Reference(NamedTuple):
-    """What generated images are compared with, see distance_reference."""
-    network: nn.Module
-    features: torch.Tensor  # of the real images, (N, d) float64
-    count: int  # images to generate
-    columns: dict  # what is to be said with every distance
-
 def distance_reference(images, held_out, network, features, count, part="held-out"):
-    """The Reference for `count` generated images; None below 640 real ones, ten times the 64
-    features: with less a distance is mostly bias.
+    """What `count` generated images are compared with, a dict; None below 640 real images, ten
+    times the 64 features: with less a distance is mostly bias.
     images, held_out  uint8 (N, c, S, S); features: the name of `network`
-    part              "train": all of `images`, as FIDs are published (Wang et al. 2023: 50,000
-                      against them); "held-out": the first `count` of those, which is stricter
-    The columns: name of the distance and number of generated images ("FD-random-2k", only with the
-    Inception weights "FID-50k"), the reference, and the floor: the distance of at most `count` real
-    images of the other part, which is a perfect generator's."""
+    part              "train": all of `images`, as FIDs are published (Wang et al. 2023);
+                      "held-out": the first `count` of those, which is stricter
+    columns  name of the distance with `count` ("FD-random-2k", with the Inception weights alone
+             "FID-50k"), the reference, and the floor, a perfect generator's: the distance of at
+             most `count` real images of the other part"""
     real, other = held_out[:count], images[:count]
     if part == "train":
         real, other = images, held_out[:count]
     if len(real) < 640:
         print(f"no distance: {len(real)} {part} images are too few, 640 are needed")
         return None
-    x = extract(real, network)
     kind = "FID" if features == "inception" else f"FD-{features}"
     number = f"{count // 1000}k" if count % 1000 == 0 else count
     columns = {"metric_name": f"{kind}-{number}", "generated": count}
     columns |= {"reference": f"{len(real)} {part}", "floor_images": len(other)}
-    columns["floor"] = frechet_distance(x, extract(other, network))
-    return Reference(network, x, count, columns)
+    real = extract(real, network)
+    columns["floor"] = frechet_distance(real, extract(other, network))
+    return dict(network=network, real=real, count=count, columns=columns)
 
 def measure(nets, held_out, truth, reference=None, seed=0):
     """{column: number} of networks for use: the metric that decides, and what stands beside it.
@@ -2233,9 +2222,9 @@ def measure(nets, held_out, truth, reference=None, seed=0):
         numbers = {"metric_name": "held-out error", "metric": error, "error": error}
     if reference:
         generator = nets["G" if "G" in nets else "decoder"]
-        images = sample_images(generator, reference.count, seed, "evaluate")
-        real, fake = reference.features, extract(images, reference.network)
-        numbers |= reference.columns | {"metric": frechet_distance(real, fake)}
+        images = sample_images(generator, reference["count"], seed, "evaluate")
+        real, fake = reference["real"], extract(images, reference["network"])
+        numbers |= reference["columns"] | {"metric": frechet_distance(real, fake)}
         numbers["kid"] = kernel_distance(real, fake, rng(seed, 0, "kid"))
     return numbers
 
@@ -2518,8 +2507,8 @@ def derive(s, given):
         s.rounds = len(round_densities(s.prune_rate, s.rounds, s.density))
     # A cap below 1 (strict): D changes half as often, and explores at its cap.
     schedule = gan_schedule(s.steps, s.update_every, s.max_density_D < 1)
-    every_G, s.every_D, s.window, s.first_D = schedule
-    most = ratio_interval(s.window) if ddst else math.inf
+    every_G, s.every_D, s.window, s.first_D, most = schedule
+    most = most if ddst else math.inf
     s.ratio_every = s.ratio_every or min(10, most)
     s.ratios_per_decision = s.window // s.ratio_every if ddst else None
     if s.method not in MOVING:

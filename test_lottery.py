@@ -2152,11 +2152,13 @@ def test_intervals_of_rigl_and_of_gans_scale_with_the_run():
 
     assert [every(steps=n) for n in (62_560, 40_000, 3000, 10)] == [100, 66, 20, 20]
     assert [every(steps=3000, update_every=n) for n in (7, 0)] == [7, 0]
-    assert L.gan_schedule(100_000) == (500, 1000, 1000, 1000)
-    assert L.gan_schedule(100_000, None, True) == (500, 2000, 1000, 2000)
+    assert L.gan_schedule(100_000) == (500, 1000, 1000, 1000, 10)
+    assert L.gan_schedule(100_000, None, True) == (500, 2000, 1000, 2000, 10)
     assert L.gan_schedule(19_999)[3] == 1000 and L.gan_schedule(20_000)[3] == 200
-    assert L.gan_schedule(1500) == (20, 40, 40, 75) and L.gan_schedule(1500, 0) == (0, 40, 40, 75)
-    assert [L.ratio_interval(window) for window in (1000, 100, 40, 39, 6)] == [10, 5, 2, 1, 1]
+    assert L.gan_schedule(1500) == (20, 40, 40, 75, 2)
+    assert L.gan_schedule(1500, 0) == (0, 40, 40, 75, 2)
+    ratios = [L.gan_schedule(2000, every)[4] for every in (500, 50, 20, 19, 3)]
+    assert ratios == [10, 5, 2, 1, 1]
 
 
 def test_the_share_exchanged_falls_by_a_cosine_from_a_half_to_a_two_hundredth():
@@ -2638,13 +2640,14 @@ def test_a_distance_is_named_after_its_features_and_its_count():
     images, network = L.shapes(1000)[0], L.RandomFeatures()
     for features, n, name in (("random", 640, "FD-random-640"), ("inception", 1000, "FID-1k")):
         found = L.distance_reference(images, images, network, features, n)
-        assert found.columns["metric_name"] == name and found.count == len(found.features) == n
-        assert found.columns["reference"] == f"{n} held-out" and abs(found.columns["floor"]) < 1e-6
+        assert found["columns"]["metric_name"] == name and found["count"] == len(found["real"]) == n
+        assert found["columns"]["reference"] == f"{n} held-out"
+        assert abs(found["columns"]["floor"]) < 1e-6
     assert L.distance_reference(images, images[:639], network, "random", 2000) is None
     found = L.distance_reference(images, images[:100], network, "random", 5000, "train")
-    assert (found.count, len(found.features)) == (5000, 1000) and found.columns["floor"] > 0
+    assert (found["count"], len(found["real"])) == (5000, 1000) and found["columns"]["floor"] > 0
     said = {"metric_name": "FD-random-5k", "reference": "1000 train", "floor_images": 100}
-    assert said.items() <= found.columns.items()
+    assert said.items() <= found["columns"].items()
 
 
 class Stub(nn.Module):
