@@ -2357,10 +2357,9 @@ def check_read(given, method, model):
     """ValueError for a flag that the method or model does not read: it would have no effect."""
     for name in given:
         for known, chosen in ((METHODS, method), (MODELS, model)):
-            readers = [who for who in SETTINGS[name].read_by if who in known]
+            readers = [r for r in SETTINGS[name].read_by if r in known]
             if readers and chosen not in readers:
-                text = f"{flag(name)} is not read by {chosen}, but by"
-                raise ValueError(f"{text} {', '.join(readers)}")
+                raise ValueError(f"{flag(name)} is not read by {chosen}, but by {readers}")
 
 def resolve(given):
     """All settings of a run. A value comes from the first that has it: flag, ticket, method, preset
@@ -2383,7 +2382,7 @@ def resolve(given):
         data["classes"] = len(class_names(root))
         data["image_size"] = 224 if model in STAGES else 32
     if model == "linear_ae" and dataset in ("mnist", "fashion_mnist"):
-        data["image_size"] = 28  # 784 inputs; no black frame
+        data["image_size"] = 28  # no black frame
     layers = *first, preset, MODELS[model], data, DEFAULTS
     s = types.SimpleNamespace(**collections.ChainMap(*layers))
     if "rewind_step" not in given | ticket:
@@ -2396,8 +2395,7 @@ def derive(s, given):
     """Fill in settings that depend on others, refuse those that contradict each other."""
     gan, ddst = s.model in GANS, s.method == "ddst"
     s.prune = s.prune or s.roles
-    if s.grey:
-        s.channels = 1
+    s.channels = 1 if s.grey else s.channels
     at_end = s.method == "imp" or s.features == "inception"
     s.eval_every = s.eval_every or (s.steps if at_end else max(1, s.steps // 10))
     if s.method == "imp":
@@ -2422,16 +2420,16 @@ def derive(s, given):
     s.density_D = s.density_D or 1.0
     s.device = pick_device(s.device)
     s.out = s.out or f"runs/{s.method}-{s.model}-{Path(s.dataset).name}-{s.seed}"
-    roles, prune, classifier = s.roles, s.prune, "net" in s.roles
+    roles, start, classifier = s.roles, s.rewind_step, "net" in s.roles
     refusals = {
         "--table takes no other flags": "table" in given,
-        f"ddst balances a GAN; {s.model} has --method sdst": ddst and not gan,
+        f"ddst is for GANs; {s.model} has sdst": ddst and not gan,
         "imagenet is for classifiers": s.dataset == "imagenet" and not classifier,
-        f"{s.model} needs labels, {s.dataset} has none": classifier and not s.classes,
+        f"no labels in {s.dataset} for {s.model}": classifier and not s.classes,
         "--grey reads folders only": s.grey and not image_folder(s.dataset),
-        "--rounds and --density both end pruning": {"rounds", "density"} <= {*given},
-        f"--rewind-step {s.rewind_step} is too late": s.rewind_step >= s.steps,
-        f"--prune or ticket has {prune}, not {roles}": not {*prune} <= {*roles},
+        "pass --rounds or --density": given.keys() >= {"rounds", "density"},
+        f"--rewind-step {start} is not before --steps": start >= s.steps,
+        f"--prune takes {roles}; got {s.prune}": not {*s.prune} <= {*roles},
         f"--density-D {s.density_D} is above its cap": s.density_D > s.max_density_D,
         f"--ratio-every is at most {most} with ddst": s.ratio_every > most,
         f"--band takes LOW <= HIGH; got {s.band}": s.band[0] > s.band[1],
@@ -2470,7 +2468,7 @@ def pick_device(name=None):
     """The device of that name, or the best there is, as text. ValueError when unavailable."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return str(torch.zeros(1, device=name).device)  # of cpu:0 it is cpu
+        return str(torch.zeros(1, device=name).device)  # cpu:0 is cpu
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {error!r:.120}") from None
 
@@ -2655,9 +2653,9 @@ def start_masks(s, nets):
     ValueError where a share leaves a layer without a weight: later pruning is tried out."""
     if s.method in SPARSE:
         shares = {r: s.density_D if r == "D" else s.density for r in s.roles}
-        moves = s.method == "ddst"
-        sparse = {r: d for r, d in shares.items() if d < 1 or moves}
-        return erk_masks(nets, sparse, s.seed)
+        if s.method != "ddst":
+            shares = {r: d for r, d in shares.items() if d < 1}
+        return erk_masks(nets, shares, s.seed)
     if s.method in FROM_TICKET:
         return open_ticket(s, nets)
     if s.method == "imp":
@@ -2788,7 +2786,7 @@ def scored_parts(s, nets):
 
 def run_earlybird(run):
     """earlybird: train dense until the channel masks of five epochs agree, cut, train on."""
-    s, nets, state, average = run.s, run.nets, {}, None
+    s, nets, state = run.s, run.nets, {}
     chains = channel_chains(nets)
     epoch = max(1, s.data_images // (s.batch_size * (s.n_critic or 1)))
     how = chains, s.channels_kept, s.scope, epoch, s.steps, state
@@ -2796,20 +2794,19 @@ def run_earlybird(run):
     more = dict(found=bool(state.get("found")), found_step=before.step)
     print(f"early bird: {more}", flush=True)
     masks = state["channels"][-1]
-    if run.ema:
-        average = slim(run.ema, masks, channel_chains(run.ema))["G"]
+    average = slim(run.ema, masks, channel_chains(run.ema))["G"] if run.ema else None
     small = slim(nets, masks, chains)
     after = run.fit("slim", small, {}, before.step, average=average)
     finish(run, small, {}, after, value_before=before.metric, **more)
 
 def finish(run, nets, masks, done, **more):
-    """Leave pictures, model.pt and summary.json, the row of --table. Shares and MACs are relative to
-    the dense networks and one dense training of them, balance ratios aside."""
+    """Leave pictures, model.pt and summary.json, the row of --table. Shares and MACs are relative
+    to the dense networks and one dense training of them, balance ratios aside."""
     s, last = run.s, done.rows[-1]
     positions, sizes = run.layers(nets)
     whole_positions, whole = run.layers(run.nets)
     counts = sizes | counts_of(masks)
-    row = {key: vars(s)[key] for key in ("method", "model", "dataset", "seed")}
+    row = {n: vars(s)[n] for n in ("method", "model", "dataset", "seed")}
     row |= {"steps": done.step, "density_G": None, "density_D": None}
     row["density"] = sum(counts.values()) / sum(whole.values())
     for role in nets:
@@ -2818,7 +2815,7 @@ def finish(run, nets, masks, done, **more):
         row[f"density_{role}"] = own / total
     row |= {"metric": last.get("metric_name"), "value": done.metric}
     also = "generated reference floor floor_images kid error balance_ratio"
-    row |= {key: last.get(key) for key in also.split()}
+    row |= {n: last.get(n) for n in also.split()}
     if not math.isfinite(row["balance_ratio"] or 0):
         row["balance_ratio"] = None  # JSON has no inf
     row["parameters"] = sum(p.numel() for p in nets.parameters())
@@ -2835,7 +2832,7 @@ def finish(run, nets, masks, done, **more):
     content["weights"] = run.for_use(nets, run.ema).state_dict()
     content["masks"] = {n: m.bool() for n, m in masks.items()}
     about = "metric", "value", "reference", "floor", "kid"
-    content["metrics"] = {key: row[key] for key in about}
+    content["metrics"] = {n: row[n] for n in about}
     save_torch(run.folder / "model.pt", content)
     write_text(run.folder / "summary.json", json.dumps(row | more, indent=1))
 
@@ -2849,9 +2846,9 @@ def table(groups):
     for key in COLUMNS:
         column = [key]
         for rows in groups:
-            values = [row[key] for row in rows if row.get(key) is not None]
-            cell = str(values[0]) if values else "-"
-            if values and isinstance(values[0], float):
+            values = [r[key] for r in rows if r.get(key) is not None] or ["-"]
+            cell = str(values[0])
+            if isinstance(values[0], float):
                 cell = f"{np.mean(values):.4f}"
                 if np.std(values) > 0:
                     cell += f" ± {np.std(values, ddof=1):.4f}"
@@ -2887,7 +2884,7 @@ def run_evaluate(given):
     """--evaluate DIR: a finished run measured again, a generator with these features and images."""
     reads = {"evaluate", "device", "data", "workers", *EVALUATION}
     if given.keys() - reads:
-        raise ValueError(f"--evaluate reads only {', '.join(sorted(map(flag, reads)))}")
+        raise ValueError(f"--evaluate reads only {sorted(map(flag, reads))}")
     check(given)
     folder, device = given["evaluate"], pick_device(given.get("device"))
     nets, saved = load_model(Path(folder) / "model.pt", device)
