@@ -22,7 +22,7 @@ Papers   Kalibhat et al., Winning Lottery Tickets in Deep Generative Models, AAA
          Lee et al., SNIP, 1810.02340; Wang, Zhang & Grosse, GraSP, 2002.07376
 """
 import argparse, collections, concurrent.futures, contextlib, copy, csv, functools, hashlib, io
-import itertools, json, math, os, platform, re, sys, textwrap, time, types
+import itertools, json, math, os, re, sys, textwrap, time, types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -2342,8 +2342,8 @@ MOVING, FROM_TICKET = ("sdst", "ddst"), ("ticket", "transfer", "elastic")
 METHODS = ("dense", *SPARSE, "imp", *FROM_TICKET, *SCORED, "earlybird")
 EVALUATION = ("features", "inception_weights", "eval_images", "reference")
 # These may change as a run continues: no weight depends on them.
-NOT_IDENTITY = {*EVALUATION, "eval_every", "checkpoint_s"}
-NOT_IDENTITY |= {"device", "graph", "workers", "data", "out"}
+NOT_IDENTITY = {*EVALUATION, "eval_every", "checkpoint_s", "device", "graph", "workers"}
+NOT_IDENTITY |= {"data", "out", "ratio_every"}  # ddst has ratios_per_decision
 
 class Row(NamedTuple):
     """All there is to say about a setting, which is a flag too."""
@@ -2402,106 +2402,99 @@ SETTINGS = {
     "evaluate": Row(None, str, "folder of a finished run: measure it again"),
     "table": Row(None, str, "folders of finished runs: side by side", nargs="+"),
 }
+DEFAULTS = {name: row.default for name, row in SETTINGS.items()}
 # What a method has by default where it differs from the rows.
-BY_METHOD = {"imp": dict(model="dcgan"), "earlybird": dict(model="dcgan", scope="layer")}
+BY_METHOD = dict.fromkeys(("dense", *SPARSE, "transfer"), dict(rewind_step=0))
 BY_METHOD |= dict.fromkeys(SCORED, dict(model="resnet20", rewind_step=0))
+BY_METHOD["imp"] = dict(model="dcgan")
+BY_METHOD["earlybird"] = dict(model="dcgan", scope="layer")
 
 def flag(name):
     """--batch-size of "batch_size"; --channels of "channels_kept" (`channels` are an image's)."""
     return "--" + name.removesuffix("_kept").replace("_", "-")
 
 def parse(argv):
-    """The flags that were given, as a dict. argparse's defaults are None: `resolve` has others."""
-    text = "Sparse training and tickets. The same command continues a run that was cut off."
-    parser = argparse.ArgumentParser("lottery.py", description=text, allow_abbrev=False)
+    """The flags that were given, as a dict. The others are left to `resolve`."""
+    text = "Sparse training and tickets. The same command continues a run."
+    how = dict(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser("lottery.py", description=text, **how)
     for name, row in SETTINGS.items():
         how = dict(type=row.type, nargs=row.nargs)
         if row.type is bool:
             how = dict(action=argparse.BooleanOptionalAction)
         takes = row.takes if isinstance(row.takes, str) else ", ".join(row.takes)
-        words = f"{row.help} {takes} (default {row.default}) {' '.join(row.read_by)}"
+        words = f"{row.help} {takes} (default {row.default}) "
+        words += " ".join(row.read_by)
         parser.add_argument(flag(name), dest=name, help=words, **how)
 
-    def error(message):  # argparse would print its usage too; one line says it
+    def error(message):  # argparse would add its usage
         raise ValueError(message)
 
     parser.error = error
-    given = vars(parser.parse_args(argv))
-    return {name: value for name, value in given.items() if value is not None}
+    return vars(parser.parse_args(argv))
 
-def check(name, value):
-    """ValueError unless `value`, of a flag or of a file, may stand in its row of SETTINGS."""
-    row = SETTINGS[name]
-    for item in value if row.nargs else [value]:
-        wanted = (int, float) if row.type is float else row.type
-        fits = isinstance(item, wanted) and isinstance(item, bool) == (row.type is bool)
-        fits = fits and item != ""
-        if fits and isinstance(row.takes, str):
-            low, high = map(float, row.takes[1:-1].split(","))
-            ends = {low: row.takes[0] == "[", high: row.takes[-1] == "]"}
-            fits = low < item < high or ends.get(item, False)  # nan is neither
-        elif fits and row.takes:
-            fits = item in row.takes
-        if not fits:
-            takes = row.takes or row.type.__name__
-            raise ValueError(f"{flag(name)} takes {takes}; got {item!r}")
+def check(settings):
+    """ValueError unless each value, of a flag or a file, may stand in its row of SETTINGS."""
+    for name, value in settings.items():
+        row = SETTINGS[name]
+        kinds = (int, float) if row.type is float else row.type
+        for item in value if row.nargs else [value]:
+            fits = isinstance(item, kinds) and item != ""
+            if fits and isinstance(row.takes, str):
+                low, high = map(float, row.takes[1:-1].split(","))
+                ends = {low: row.takes[0] == "[", high: row.takes[-1] == "]"}
+                fits = low < item < high or ends.get(item, False)  # nan is neither
+            elif fits and row.takes:
+                fits = item in row.takes
+            if not fits:
+                takes = row.takes or row.type.__name__
+                raise ValueError(f"{flag(name)} takes {takes}; got {item!r}")
 
 def check_read(given, method, model):
     """ValueError for a flag that the method or model does not read: it would have no effect."""
     for name in given:
         for known, chosen in ((METHODS, method), (MODELS, model)):
-            readers = [who for who in SETTINGS[name].read_by if who in known]
+            readers = [r for r in SETTINGS[name].read_by if r in known]
             if readers and chosen not in readers:
-                who = ", ".join(readers)
-                raise ValueError(f"{flag(name)} is not read by {chosen}; it is read by {who}")
+                raise ValueError(f"{flag(name)} is not read by {chosen}, but by {readers}")
 
 def resolve(given):
     """All settings of a run. A value comes from the first that has it: flag, ticket, method, preset
     of shapes, model, data set, row of SETTINGS; `derive` fills in what depends on the others."""
-    rows = {name: row.default for name, row in SETTINGS.items()}
-    method = given.get("method", rows["method"])
-    check("method", method)
-    ticket = {}
-    if method in FROM_TICKET:
-        ticket = ticket_settings(given, method)
-    by_method = BY_METHOD.get(method, {})
-    known = collections.ChainMap(given, ticket, by_method, rows)
+    method = given.get("method", DEFAULTS["method"])
+    ticket = ticket_settings(given, method) if method in FROM_TICKET else {}
+    first = given, ticket, BY_METHOD.get(method, {})
+    known = collections.ChainMap(*first, DEFAULTS)
     model, dataset = known["model"], known["dataset"]
-    check("model", model)
     check_read(given, method, model)
+    check(given)
     preset = {}
     if dataset == "shapes":
         preset = {"rounds": 5, **SHAPES_PRESET[model]}
-        if method == "earlybird":  # it takes five epochs, and as many steps after them
+        if method == "earlybird":  # five epochs, as many after
             preset |= dict(batch_size=64, steps=2000)
+    data = dict(DATASETS.get(dataset, FOLDER))
     root = class_root(dataset, known["data"], model)
-    if dataset == "imagenet" and not root:
-        raise ValueError(f"imagenet is for classifiers, not {model}")
-    data = dict(DATASETS.get(dataset, DATASETS["imagenet"] if root else FOLDER))
     if root:
-        size = 224 if model in STAGES else 32
-        data |= dict(classes=len(class_names(root)), image_size=size)
+        data["classes"] = len(class_names(root))
+        data["image_size"] = 224 if model in STAGES else 32
     if model == "linear_ae" and dataset in ("mnist", "fashion_mnist"):
-        data["image_size"] = 28  # the paper's 784 inputs; no black frame
-    layers = given, ticket, by_method, preset, MODELS[model], data, rows
+        data["image_size"] = 28  # no black frame
+    layers = *first, preset, MODELS[model], data, DEFAULTS
     s = types.SimpleNamespace(**collections.ChainMap(*layers))
-    for name in SETTINGS:
-        if getattr(s, name) is not None:
-            check(name, getattr(s, name))
     if "rewind_step" not in given | ticket:
         s.rewind_step = min(s.rewind_step, s.steps // 10)
-    if model in STAGES and "lr" not in given | ticket:  # in proportion: Goyal et al. 2017
+    if model in STAGES and "lr" not in given | ticket:  # Goyal et al. 2017
         s.lr *= s.batch_size / IMAGENET["batch_size"]
     return derive(s, given)
 
 def derive(s, given):
     """Fill in settings that depend on others, refuse those that contradict each other."""
     gan, ddst = s.model in GANS, s.method == "ddst"
-    s.prune, s.channels = s.prune or s.roles, 1 if s.grey else s.channels
-    if not s.eval_every:
-        s.eval_every = max(1, s.steps // 10)
-        if s.method == "imp" or s.features == "inception":
-            s.eval_every = s.steps  # at the end only
+    s.prune = s.prune or s.roles
+    s.channels = 1 if s.grey else s.channels
+    at_end = s.method == "imp" or s.features == "inception"
+    s.eval_every = s.eval_every or (s.steps if at_end else max(1, s.steps // 10))
     if s.method == "imp":
         s.density = given.get("density")
         s.rounds = len(round_densities(s.prune_rate, s.rounds, s.density))
@@ -2515,7 +2508,7 @@ def derive(s, given):
         s.update_every = 0
     elif gan:
         s.update_every = every_G
-    elif s.update_every is None:  # RigL's 100 of 97,656 steps, more often in a shorter run
+    elif s.update_every is None:  # RigL: 100 of 97,656 steps
         s.update_every = min(100, max(20, s.steps // 600))
     if ddst and s.density_D is None:
         s.density_D = s.density
@@ -2524,15 +2517,18 @@ def derive(s, given):
     s.density_D = s.density_D or 1.0
     s.device = pick_device(s.device)
     s.out = s.out or f"runs/{s.method}-{s.model}-{Path(s.dataset).name}-{s.seed}"
+    roles, start, classifier = s.roles, s.rewind_step, "net" in s.roles
     refusals = {
-        f"ddst balances a GAN; {s.model} has --method sdst": ddst and not gan,
-        f"{s.model} needs labels, {s.dataset} has none": "net" in s.roles and not s.classes,
-        f"--grey reads folders, not {s.dataset}": s.grey and not image_folder(s.dataset),
-        "--rounds and --density both end pruning; pass one": {"rounds", "density"} <= {*given},
-        f"--rewind-step {s.rewind_step} is not before --steps": s.rewind_step >= s.steps,
-        f"{s.model} has {s.roles}; --prune or ticket {s.prune}": not {*s.prune} <= {*s.roles},
-        f"--density-D {s.density_D} is above --max-density-D": s.density_D > s.max_density_D,
-        f"--ratio-every is at most {most}, or D's decisions are chance": s.ratio_every > most,
+        "--table takes no other flags": "table" in given,
+        f"ddst is for GANs; {s.model} has sdst": ddst and not gan,
+        "imagenet is for classifiers": s.dataset == "imagenet" and not classifier,
+        f"no labels in {s.dataset} for {s.model}": classifier and not s.classes,
+        "--grey reads folders only": s.grey and not image_folder(s.dataset),
+        "pass --rounds or --density": given.keys() >= {"rounds", "density"},
+        f"--rewind-step {start} is not before --steps": start >= s.steps,
+        f"--prune takes {roles}; got {s.prune}": not {*s.prune} <= {*roles},
+        f"--density-D {s.density_D} is above its cap": s.density_D > s.max_density_D,
+        f"--ratio-every is at most {most} with ddst": s.ratio_every > most,
         f"--band takes LOW <= HIGH; got {s.band}": s.band[0] > s.band[1],
     }
     for message, refused in refusals.items():
@@ -2548,59 +2544,53 @@ def class_root(dataset, data, model):
 def ticket_settings(given, method):
     """Settings that a run inherits from its --ticket, and the file they are from, its digest."""
     if "ticket" not in given or (method == "transfer" and "model" not in given):
-        needs = "--ticket, a file or imp's folder; transfer --model, too"
-        raise ValueError(f"{method} needs {needs}")
+        raise ValueError(f"{method} needs --ticket; transfer needs --model, too")
     path = Path(given["ticket"])
     if path.is_dir():
-        path = path / str(read_json(path / "summary.json").get("ticket"))
-    if not path.is_file():
-        raise ValueError(f"--ticket {path} is no file; name a ticket-NN.pt or an imp run")
+        path /= str(read_json(path / "summary.json").get("ticket"))
     theirs = load_ticket(path)["settings"]
-    names = ["dataset", "seed", "width", "image_size", "z"]
+    names = "dataset seed width image_size z".split()
     if method != "transfer":
-        names += ["steps", "batch_size", "lr", "rewind_step", "prune"]
+        names += "steps batch_size lr rewind_step prune".split()
     if method == "ticket":
-        names += ["model", "ema", "n_critic", "beta"]
-    inherited = {n: theirs[n] for n in names if theirs.get(n) is not None}
+        names += "model ema n_critic beta".split()
+    ours = {n: theirs[n] for n in names if theirs.get(n) is not None}
     if method == "elastic":
-        torchvisions = theirs.get("model") in STAGES
-        inherited["model"] = "resnet34" if torchvisions else "resnet32"
+        ours["model"] = "resnet34" if theirs["model"] in STAGES else "resnet32"
+    check(ours)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return inherited | {"ticket_sha256": digest, "ticket_file": str(path)}
+    return ours | {"ticket_sha256": digest, "ticket_file": str(path)}
 
 def pick_device(name=None):
     """The device of that name, or the best there is, as text. ValueError when unavailable."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.zeros(1, device=name).device  # of cpu:0 it is cpu
+        device = torch.zeros(1, device=name).device  # cpu:0 is cpu
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("neither cpu nor cuda")
         return str(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} is unavailable ({error!r:.120})") from None
+        raise ValueError(f"--device {name}: {error!r:.120}") from None
 
 def identity(s):
     """The settings that make a run what it is; plain values."""
-    other = NOT_IDENTITY
-    if s.method != "ddst":  # elsewhere nothing is decided by the balance ratio
-        other = other | {"ratio_every"}
-    return {name: value for name, value in vars(s).items() if name not in other}
+    return {n: v for n, v in vars(s).items() if n not in NOT_IDENTITY}
 
 def check_folder(folder, s):
     """ValueError unless `folder` is new, empty or this very run's; writes nothing."""
     if not (folder / "config.json").exists():
-        if folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
-            raise ValueError(f"--out {folder} holds other things than a run; name another")
+        if any(folder.glob("[!.]*")):
+            raise ValueError(f"--out {folder} holds other things than a run")
         return
     theirs = read_json(folder / "config.json")
     ours = json.loads(json.dumps(vars(s)))
     names = list(identity(s))
-    if s.method == "imp" or s.controls:  # trainings that are compared must be measured alike
+    if s.method == "imp" or s.controls:  # compared, so measured alike
         names += EVALUATION
     differ = [n for n in names if theirs.get(n) != ours[n]]
     both = [f"{n} {theirs.get(n)} there, {ours[n]} here" for n in differ]
     if differ:
-        raise ValueError(f"--out {folder} holds another run: {'; '.join(both)}. Name another")
+        raise ValueError(f"--out {folder} holds another run: {'; '.join(both)}")
 
 class Run:
     """A run of the command line: settings, data, networks and folder. Images are uint8 (N, C, S, S)
@@ -2762,97 +2752,85 @@ class Run:
         return training_macs(*given), training_macs(*given, paper=True)
 
 def start_masks(s, nets):
-    """The flat masks of static, sdst and ddst; {} for methods that start dense. A network that
-    stays dense has none. ddst's D has them even while all are 1, because they will move.
-    ValueError where a share would leave layers without a weight: every method is tried out."""
+    """Flat masks to start with; {}: dense. ddst's D has them while all are 1, too: they will move.
+    ValueError where a share leaves a layer without a weight: later pruning is tried out."""
     if s.method in SPARSE:
-        shares = {role: s.density_D if role == "D" else s.density for role in s.roles}
-        moving = {role: d for role, d in shares.items() if d < 1 or s.method == "ddst"}
-        return erk_masks(nets, moving, s.seed)
+        shares = {r: s.density_D if r == "D" else s.density for r in s.roles}
+        if s.method != "ddst":
+            shares = {r: d for r, d in shares.items() if d < 1}
+        return erk_masks(nets, shares, s.seed)
+    if s.method in FROM_TICKET:
+        return open_ticket(s, nets)
     if s.method == "imp":
-        scores = score_magnitude(nets)
-        scores = {n: w for n, w in scores.items() if n.split(".")[0] in s.prune}
+        pruned = nn.ModuleDict({r: nets[r] for r in s.prune})
         last = round_densities(s.prune_rate, s.rounds, s.density)[-1]
-        prune_masks(scores, last, scope=s.scope, keep_best=True)
+        prune_masks(score_magnitude(pruned), last, scope=s.scope, keep_best=True)
     if s.method in SCORED:
-        pruned_by(s, nets, lambda prefix, net: score_magnitude(net))
+        for _, net, share in scored_parts(s, nets):
+            prune_masks(score_magnitude(net), share, keep_best=True)
     if s.method == "earlybird":
         channel_masks(nets, s.channels_kept, channel_chains(nets), s.scope)
     return {}
-
-def run_sparse(run):
-    """dense, static, sdst, ddst: one training under masks that stay or move."""
-    done = run.fit(run.s.method, run.nets, run.masks)
-    return finish(run, run.nets, run.masks, done)
 
 def run_imp(run):
     """imp: a ticket file per round, and the table that says which of them win."""
     s, rows = run.s, []
     shares = round_densities(s.prune_rate, s.rounds, s.density)
     names = "rewind_step", "scope", "prune", "controls", "seed"
-    how = {name: getattr(s, name) for name in names}
+    how = {n: vars(s)[n] for n in names}
+    rounds = iterative_magnitude_pruning(run.fresh, run.fit, shares, **how)
+    dense = next(rounds).results["ticket"].metric
     try:
-        for round_ in iterative_magnitude_pruning(run.fresh, run.fit, shares, **how):
-            number, masks, theta, results = round_
-            ticket = results["ticket"].metric
-            if number == 0:
-                dense = ticket
-                continue
-            row = {"round": number, "density": density(masks), "dense": dense}
-            row |= {name: done.metric for name, done in results.items()}
-            better = s.model in CLASSIFIERS
-            row["verdict"] = verdict(dense, ticket, row.get("random"), better)
-            rows.append(row | role_densities(run.nets, masks))
-            path = run.folder / f"ticket-{number:02}.pt"
-            save_ticket(path, theta, masks, identity(s), number, rows[-1])
-            print(table([rows[-1:]]), flush=True)
+        for k, masks, theta, results in rounds:
+            row = round_row(run, k, masks, results, dense)
+            path = run.folder / f"ticket-{k:02}.pt"
+            save_ticket(path, theta, masks, identity(s), k, row)
+            print(table([[row]]), flush=True)
+            rows.append(row)
     except FloatingPointError as error:
         if not rows:
             raise
         print(f"no further round: {error}", flush=True)
-    name = f"{1 + choose_round([row['verdict'] for row in rows]):02}"
-    masks = load_ticket(run.folder / f"ticket-{name}.pt", s.device)["masks"]
-    nets = run.fresh()
-    done = run.fit(f"round-{name}", nets, masks, s.rewind_step)  # it is done: loads, returns
+    k = 1 + choose_round([row["verdict"] for row in rows])
+    ticket, nets = f"ticket-{k:02}.pt", run.fresh()
+    masks = load_ticket(run.folder / ticket, s.device)["masks"]
+    done = run.fit(f"round-{k:02}", nets, masks, s.rewind_step)  # loads it
     draw_curve(run.folder / "curve.png", rows, done.rows[-1].get("metric_name"))
-    return finish(run, nets, masks, done, ticket=f"ticket-{name}.pt", rounds=rows)
+    finish(run, nets, masks, done, ticket=ticket, rounds=rows)
+
+def round_row(run, k, masks, results, dense=None):
+    """A row of the table of rounds: metrics of a ticket and its controls, and the verdict."""
+    row = {"round": k, "density": density(masks), "dense": dense}
+    row |= {n: done.metric for n, done in results.items()}
+    metrics = dense, row["ticket"], row.get("random")
+    row["verdict"] = verdict(*metrics, run.s.model in CLASSIFIERS)
+    return row | role_densities(run.nets, masks)
 
 def open_ticket(s, nets):
-    """(theta, masks, text) of a ticket, transfer or elastic run; ValueError if it does not fit."""
+    """Load a ticket's theta into `nets`, return its masks; ValueError if it does not fit."""
     ticket, target = load_ticket(s.ticket_file, s.device), nets.state_dict()
     theta, masks, fresh = ticket["theta"], ticket["masks"], []
-    text = f"  ticket of a {ticket['settings']['model']}: {ticket['metrics']}"
+    print(f"  ticket of a {ticket['settings']['model']}: {ticket['metrics']}")
     if s.method == "transfer":
         theta, masks, received = transfer_ticket(theta, masks, target, s.prune)
-        fresh = [name for name in target if name not in received]
-        text += f"; copied: {', '.join(received)}"
+        fresh = [n for n in target if n not in received]
     if s.method == "elastic":
         pairs = zip(residual_blocks(theta)[0], residual_blocks(target)[0])
         maps = [block_map(*pair, s.order) for pair in pairs]
         theta, masks, fresh = elastic_ticket(theta, masks, target, maps)
-        text += f"; source blocks, by stage: {maps}; kept: {density(masks):.2%}"
-    trial = copy.deepcopy(nets)
+        print(f"  source blocks, by stage: {maps}; kept: {density(masks):.2%}")
+    print(f"  fresh and dense: {', '.join(fresh) or 'none'}")
     try:
-        trial.load_state_dict(theta)
-        apply_masks_(trial, masks)
-    except (RuntimeError, AttributeError) as error:
-        what = " ".join(str(error).split())[:300]
-        raise ValueError(f"--ticket does not fit {s.model}: {what}") from None
-    return theta, masks, f"{text}; fresh and dense: {', '.join(fresh) or 'none'}"
+        nets.load_state_dict(theta)
+    except RuntimeError as error:
+        raise ValueError(f"--ticket does not fit: {error!r:.300}") from None
+    return masks
 
-def run_ticket(run):
-    """ticket: train a saved ticket from its rewind step. transfer: the part of a ticket that fits
-    another model, from step 0. elastic: a ResNet's at another depth, from its rewind step."""
-    theta, masks, text = run.ticket
-    print(text, flush=True)
-    start = 0 if run.s.method == "transfer" else run.s.rewind_step
-    return train_masked(run, theta, masks, start)
-
-def train_masked(run, theta, masks, start):
-    """Train theta x mask from step `start`; with --controls its two controls, too. elastic has a
-    third: the target itself, dense to `start`, pruned there once."""
-    s, nets, more = run.s, run.nets, {}
-    nets.load_state_dict(theta)
+def run_masked(run):
+    """Train run.nets x run.masks from the rewind step on: dense, static, sdst and ddst from 0, and
+    tickets. --controls: their two controls; of elastic also itself, pruned there once."""
+    s, nets, masks, start = run.s, run.nets, run.masks, run.s.rewind_step
+    theta, more = copy.deepcopy(nets.state_dict()), {}
     done = run.fit(s.method, nets, masks, start)
     ema, spent = run.ema, dict(run.spent)
     if s.controls:
@@ -2863,24 +2841,20 @@ def train_masked(run, theta, masks, start):
             if start:
                 run.fit("before", other, {}, 0, lambda step, out: step == start)
             scores = score_magnitude(other)
-            one_shot = prune_masks(scores, density(masks), keep_best=True)
-            results["one-shot"] = run.fit("magnitude", other, one_shot, start)
-        row = {"round": 0, "density": density(masks), "verdict": "-"}
-        row |= {"dense": None, "ticket": done.metric}
-        row |= {name: control.metric for name, control in results.items()}
-        more = {"rounds": [row | role_densities(nets, masks)]}
+            once = prune_masks(scores, density(masks), keep_best=True)
+            results["one-shot"] = run.fit("magnitude", other, once, start)
+        more["rounds"] = [round_row(run, 0, masks, results | {"ticket": done})]
     run.ema, run.spent = ema, spent
-    return finish(run, nets, masks, done, **more)
+    finish(run, nets, masks, done, **more)
 
 def run_one_shot(run):
     """magnitude, snip, grasp: train dense to --rewind-step, score there, prune once, train on."""
     s, nets, start = run.s, run.nets, run.s.rewind_step
     if start:
         run.fit("before", nets, {}, 0, lambda step, out: step == start)
-    theta = {name: value.clone() for name, value in nets.state_dict().items()}
     labels = run.labels if "net" in nets else torch.zeros(len(run.images))
 
-    def draw(k):  # a stream of its own; neither mirrored nor cropped
+    def draw(k):  # neither mirrored nor cropped
         index = balanced_index(labels, s.batch_size, rng(s.seed, k, "score"))
         if isinstance(run.images, ImageStream):
             images = next(run.images.load([index.tolist()]))
@@ -2889,167 +2863,139 @@ def run_one_shot(run):
         return images.to(s.device).float() / 127.5 - 1, labels[index].to(s.device)
 
     def noise(k, role):
-        return run.noise(k, f"score {role}", 0, s.g_batches if role == "G" else 1)
+        batches = s.g_batches if role == "G" else 1
+        return run.noise(k, f"score {role}", 0, batches)
 
-    temperature, score = 1, score_snip
-    if s.method == "grasp":
-        temperature, score = 200, score_grasp
+    score = {"snip": score_snip, "grasp": score_grasp}.get(s.method)
+    temperature = 200 if s.method == "grasp" else 1
     losses = scoring_losses(nets, draw, noise, s.objective, s.beta, temperature)
+    for prefix, net, share in scored_parts(s, nets):
+        scores = score_magnitude(net)
+        if score:
+            with scoring(*nets.values()):
+                scores = score(net, losses[prefix], s.score_batches)
+        if not any(part.any() for part in scores.values()):
+            raise ValueError("all scores are 0; score other batches")
+        pruned = prune_masks(scores, share, keep_best=True)
+        run.masks |= {f"{prefix}{n}": m for n, m in pruned.items()}
+    run_masked(run)
 
-    def scores(prefix, net):
-        if s.method == "magnitude":
-            return score_magnitude(net)
-        with scoring(*nets.values()):
-            return score(net, losses[prefix], s.score_batches)
-
-    masks = pruned_by(s, nets, scores)
-    return train_masked(run, theta, masks, start)
-
-def pruned_by(s, nets, scores):
-    """Flat masks by scores(prefix, network). A GAN's networks have a score and a budget each (D
-    none, where it stays dense); other models have one of each, over all networks."""
-    parts, masks = [("", nets, s.density)], {}
-    if "G" in nets:
-        parts = [("G.", nets["G"], s.density), ("D.", nets["D"], s.density_D)]
-        if s.density_D == 1:
-            parts.pop()
-    for prefix, net, share in parts:
-        found = scores(prefix, net)
-        if not any(score.any() for score in found.values()):
-            raise ValueError("all scores are 0, so they rank nothing; score other batches")
-        pruned = prune_masks(found, share, keep_best=True)
-        masks |= {f"{prefix}{name}": mask for name, mask in pruned.items()}
-    return masks
+def scored_parts(s, nets):
+    """[(prefix of names, network, share kept), ...]: a GAN's G and D have a budget each."""
+    if "G" not in nets:
+        return [("", nets, s.density)]
+    parts = [("G.", nets["G"], s.density), ("D.", nets["D"], s.density_D)]
+    return parts[:1] if s.density_D == 1 else parts
 
 def run_earlybird(run):
     """earlybird: train dense until the channel masks of five epochs agree, cut, train on."""
-    s, nets, chains, state = run.s, run.nets, channel_chains(run.nets), {}
+    s, nets, state = run.s, run.nets, {}
+    chains = channel_chains(nets)
     epoch = max(1, s.data_images // (s.batch_size * (s.n_critic or 1)))
-    given = chains, s.channels_kept, s.scope, epoch, s.steps, state
-    watch = watch_channels(nets, *given)
-    before = run.fit("before", nets, {}, 0, watch, state)
-    masks, average, found = state["channels"][-1], None, bool(state.get("found"))
-    if run.ema:
-        chains_G = [chain for chain in chains if chain.conv.startswith("G.")]
-        average = slim(run.ema, masks, chains_G)["G"]
-    print(f"early bird found: {found}; cut at step {before.step:,}", flush=True)
+    how = chains, s.channels_kept, s.scope, epoch, s.steps, state
+    before = run.fit("before", nets, {}, 0, watch_channels(nets, *how), state)
+    more = dict(found=bool(state.get("found")), found_step=before.step)
+    print(f"early bird: {more}", flush=True)
+    masks = state["channels"][-1]
+    average = slim(run.ema, masks, channel_chains(run.ema))["G"] if run.ema else None
     small = slim(nets, masks, chains)
     after = run.fit("slim", small, {}, before.step, average=average)
-    more = dict(found=found, found_step=before.step, value_before=before.metric)
-    return finish(run, small, {}, after, **more)
+    finish(run, small, {}, after, value_before=before.metric, **more)
 
 def finish(run, nets, masks, done, **more):
-    """Leave model.pt, pictures of its weights and summary.json, with `more` columns; returns it."""
-    use = run.for_use(nets, run.ema)  # pictures of another training may be in the folder
-    summary = summarise(run, nets, masks, done) | more
-    content = {"format": 1, "settings": identity(run.s), "weights": use.state_dict()}
-    content["masks"] = {name: mask.bool() for name, mask in masks.items()}
-    about = "metric", "value", "reference", "floor", "kid"
-    content["metrics"] = {key: summary[key] for key in about}
-    save_torch(run.folder / "model.pt", content)
-    write_text(run.folder / "summary.json", json.dumps(summary, indent=1))
-    return summary
-
-def summarise(run, nets, masks, done):
-    """The row of --table as a dict; None where something does not apply. Shares and MACs are
-    relative to the dense networks and one dense training of them, balance ratios aside."""
+    """Leave pictures, model.pt and summary.json, the row of --table. Shares and MACs are relative
+    to the dense networks and one dense training of them, balance ratios aside."""
     s, last = run.s, done.rows[-1]
     positions, sizes = run.layers(nets)
-    dense_positions, dense_sizes = run.layers(run.nets)
+    whole_positions, whole = run.layers(run.nets)
     counts = sizes | counts_of(masks)
-    row = {key: getattr(s, key) for key in ("method", "model", "dataset", "seed")}
+    row = {n: vars(s)[n] for n in ("method", "model", "dataset", "seed")}
     row |= {"steps": done.step, "density_G": None, "density_D": None}
-    for role in ("", *nets):
-        names = [name for name in sizes if name.startswith(role)]
-        total = sum(dense_sizes[name] for name in names)
-        share = sum(counts[name] for name in names) / total
-        row[f"density_{role}" if role else "density"] = share
+    row["density"] = sum(counts.values()) / sum(whole.values())
+    for role in nets:
+        total = sum(of_role(whole, role).values())
+        own = sum(of_role(counts, role).values())
+        row[f"density_{role}"] = own / total
     row |= {"metric": last.get("metric_name"), "value": done.metric}
-    also = "generated", "reference", "floor", "floor_images", "kid", "error", "balance_ratio"
-    row |= {key: last.get(key) for key in also}
+    also = "generated reference floor floor_images kid error balance_ratio"
+    row |= {n: last.get(n) for n in also.split()}
     if not math.isfinite(row["balance_ratio"] or 0):
         row["balance_ratio"] = None  # JSON has no inf
-    pruned = sum(sizes.values()) - sum(counts.values())
     row["parameters"] = sum(p.numel() for p in nets.parameters())
-    row["kept"] = row["parameters"] - pruned
-    dense_macs = sum(dense_positions[n] * dense_sizes[n] for n in dense_sizes)
+    row["kept"] = row["parameters"] - sum(sizes.values()) + sum(counts.values())
     row["macs"] = sum(positions[n] * counts[n] for n in sizes)
-    row["macs_relative"] = row["macs"] / dense_macs
+    macs = sum(whole_positions[n] * whole[n] for n in whole)
+    row["macs_relative"] = row["macs"] / macs
     dense = run.training_macs(run.nets, [[0, {}, []]], done.step, ratios=False)
-    exact, paper = (sum(part) for part in zip(*run.spent.values()))
+    exact, paper = map(sum, zip(*run.spent.values()))
     row["training_macs_relative"] = exact / dense[0]
     row["training_macs_relative_paper"] = paper / dense[1]
-    return row | {"seconds": round(sum(run.seconds.values()), 1)}
+    row["seconds"] = round(sum(run.seconds.values()), 1)
+    content = {"format": 1, "settings": identity(s)}
+    content["weights"] = run.for_use(nets, run.ema).state_dict()
+    content["masks"] = {n: m.bool() for n, m in masks.items()}
+    about = "metric", "value", "reference", "floor", "kid"
+    content["metrics"] = {n: row[n] for n in about}
+    save_torch(run.folder / "model.pt", content)
+    write_text(run.folder / "summary.json", json.dumps(row | more, indent=1))
 
-COLUMNS = (
-    "method model dataset round steps density density_G density_D metric value dense ticket "
-    "random shuffled one-shot verdict reference floor kid error balance_ratio kept "
-    "macs_relative training_macs_relative seconds seeds"
-).split()
+COLUMNS = """method model dataset round steps density density_G density_D metric value
+dense ticket random shuffled one-shot verdict reference floor kid error
+balance_ratio kept macs_relative training_macs_relative seconds seeds""".split()
 
 def table(groups):
-    """Lists of dicts as text, a line each: words as they are, numbers as mean ± sd where they
-    differ. Columns without a value are left out."""
-    lines = [COLUMNS]
-    for group in groups:
-        line = []
-        for key in COLUMNS:
-            values = [row[key] for row in group if row.get(key) is not None]
-            cell = str(values[0]) if values else "-"
-            if values and isinstance(values[0], float):
+    """Lists of dicts as text, a line each; numbers as mean ± sd where they differ."""
+    columns = []
+    for key in COLUMNS:
+        column = [key]
+        for rows in groups:
+            values = [r[key] for r in rows if r.get(key) is not None] or ["-"]
+            cell = str(values[0])
+            if isinstance(values[0], float):
                 cell = f"{np.mean(values):.4f}"
                 if np.std(values) > 0:
                     cell += f" ± {np.std(values, ddof=1):.4f}"
-            line.append(cell)
-        lines.append(line)
-    columns = [column for column in zip(*lines) if set(column[1:]) != {"-"}]
-    padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
-    return "\n".join("  ".join(line).rstrip() for line in zip(*padded))
+            column.append(cell)
+        if {*column[1:]} != {"-"}:
+            width = max(map(len, column))
+            columns.append([cell.ljust(width) for cell in column])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
 
-def print_summaries(summaries):
-    """A table of runs, and below it the rounds of those that have some. Runs that differ only in
-    the seed are one row; their rounds then have no verdict, which is the reader's."""
-    groups = {}
-    for run in summaries:
-        key = [run.get(name) for name in ("settings", "method", "steps", "metric")]
-        groups.setdefault(str(key), []).append(run)
-    groups = list(groups.values())
-    print(table([[run | {"seeds": str(len(runs))} for run in runs] for runs in groups]))
-    for runs in groups:
-        rounds = list(zip(*(run.get("rounds", []) for run in runs)))
-        if len(runs) > 1:
-            rounds = [[row | {"verdict": None} for row in same] for same in rounds]
+def run_table(folders):
+    """--table DIR...: finished runs, below them the rounds of those that have some. Runs that
+    differ in seed and ticket only are one row; their rounds have no verdict, it is the reader's."""
+    groups = collections.defaultdict(list)
+    ours = "seed environment ticket ticket_file ticket_sha256"
+    for folder in map(Path, folders):
+        config = read_json(folder / "config.json")
+        for name in (*NOT_IDENTITY, *ours.split()):
+            config.pop(name, None)
+        row = read_json(folder / "summary.json")
+        groups[str((config, row.get("metric")))].append(row)
+    for rows in groups.values():
+        rows[0]["seeds"] = len(rows)
+    print(table(groups.values()))
+    for rows in groups.values():
+        rounds = [*zip(*(row.get("rounds", []) for row in rows))]
+        for row in itertools.chain(*rounds):
+            if len(rows) > 1:
+                row["verdict"] = None
         if rounds:
-            print(f"{runs[0].get('metric')}:\n{table(rounds)}")
+            print(f"{rows[0].get('metric')}:\n{table(rounds)}")
 
 def run_evaluate(given):
     """--evaluate DIR: a finished run measured again, a generator with these features and images."""
     reads = {"evaluate", "device", "data", "workers", *EVALUATION}
     if given.keys() - reads:
-        raise ValueError(f"--evaluate reads only {', '.join(sorted(map(flag, reads)))}")
-    for name, value in given.items():
-        check(name, value)
+        raise ValueError(f"--evaluate reads only {sorted(map(flag, reads))}")
+    check(given)
     folder, device = given["evaluate"], pick_device(given.get("device"))
     nets, saved = load_model(Path(folder) / "model.pt", device)
     check_read(given, None, saved["settings"]["model"])
-    settings = {name: row.default for name, row in SETTINGS.items()}
-    settings |= saved["settings"] | given | {"device": device, "out": folder}
-    run = Run(types.SimpleNamespace(**settings))
+    s = DEFAULTS | saved["settings"] | given | {"device": device, "out": folder}
+    run = Run(types.SimpleNamespace(**s))
     run.load()
-    print(", ".join(f"{name} {value}" for name, value in run.measure(nets).items()))
-
-def run_table(folders, given):
-    """--table DIR...: finished runs, in one row when nothing but seed and ticket differ."""
-    if given:
-        raise ValueError("--table stands alone, with the run folders behind it")
-    summaries, other = [], NOT_IDENTITY | {"seed", "environment"}
-    for folder in map(Path, folders):
-        config, same = read_json(folder / "config.json"), {}
-        for name, value in config.items():
-            if name not in other and not name.startswith("ticket"):
-                same[name] = value
-        summaries.append({**read_json(folder / "summary.json"), "settings": same})
-    print_summaries(summaries)
+    print(", ".join(f"{n} {v}" for n, v in run.measure(nets).items()))
 
 def run_method(given):
     """Start, continue or show a run. What can be refused is refused before anything is written."""
@@ -3057,50 +3003,45 @@ def run_method(given):
     run, folder = Run(s), Path(s.out)
     check_folder(folder, s)
     if (folder / "summary.json").exists():
-        summary = read_json(folder / "summary.json")
-        print(f"{folder} is finished; --evaluate {folder} measures it again")
-        return print_summaries([summary])
+        print(f"{folder} is finished; --evaluate measures it again")
+        return run_table([folder])
     if s.device == "cpu" and s.width == 1 and s.model in SAMPLED and s.dataset != "shapes":
         small = "--width 0.25 --batch-size 32 --steps 1500"
         small += " --n-critic 1" * (s.model in GANS)
-        print(f"full width takes days on a CPU; these flags fit one: {small}", flush=True)
+        print(f"full width takes days on a CPU; try {small}", flush=True)
     run.nets = run.fresh()
     run.masks = start_masks(s, run.nets)
-    if s.method in FROM_TICKET:
-        run.ticket = open_ticket(s, run.nets)
-        run.masks = run.ticket[1]
     run.load()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        check_folder(folder, s)  # again: another process may have been here meanwhile
-        here, config = dict(threads=torch.get_num_threads()), folder / "config.json"
+        check_folder(folder, s)  # again, with the data's listing
+        config = folder / "config.json"
+        here = dict(threads=torch.get_num_threads(), torch=torch.__version__)
         if not config.exists():
-            here |= dict(torch=torch.__version__, machine=platform.machine())
             write_text(config, json.dumps(vars(s) | {"environment": here}, indent=1))
-        elif not here.items() <= read_json(config).get("environment", {}).items():
-            print(f"continuing with {here}, not as before: last bits will differ")
-        shown = [f"{name} {value}" for name, value in identity(s).items() if value]
-        print("\n".join(textwrap.wrap(", ".join(shown), 100)), flush=True)
-        methods = {"imp": run_imp, "earlybird": run_earlybird}
-        methods |= dict.fromkeys(FROM_TICKET, run_ticket)
+        elif read_json(config).get("environment") != here:
+            print(f"continuing with {here}: last bits will differ")
+        shown = [f"{n} {v}" for n, v in identity(s).items() if v]
+        print(textwrap.fill(", ".join(shown), 100), flush=True)
+        methods = dict(imp=run_imp, earlybird=run_earlybird)
         methods |= dict.fromkeys(SCORED, run_one_shot)
-        summary = methods.get(s.method, run_sparse)(run)
+        methods.get(s.method, run_masked)(run)
     print(f"model, metrics and pictures are in {folder}")
-    print_summaries([summary])
+    run_table([folder])
 
 def main(argv=None):
     """The command line; returns the exit code: 0, 2 for bad input, 1 for a diverged training."""
     try:
         given = parse(argv)
-        if "table" in given:
-            run_table(given.pop("table"), given)
+        if given.keys() == {"table"}:
+            run_table(given["table"])
         elif "evaluate" in given:
             run_evaluate(given)
         else:
             run_method(given)
         return 0
     except (ValueError, OSError, FloatingPointError) as error:
-        last = str(error).strip().splitlines()[-1]  # of a decoding process: its own error
+        last = str(error).strip().splitlines()[-1]  # of a decoder: its own error
         print(f"lottery.py: {last}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:

@@ -2963,7 +2963,7 @@ def test_every_flag_is_refused_out_of_its_range_and_where_nothing_reads_it(empty
         ("--method imp --model ae --prune G", ["--prune", "encoder", "decoder", "G"]),
         ("--method snip --steps 9 --rewind-step 9", ["--rewind-step 9"]),
         ("--method ticket", ["--ticket"]),
-        ("--method ticket --ticket none.pt", ["none.pt", "no file"]),
+        ("--method ticket --ticket none.pt", ["none.pt", "No such file"]),
         ("--method dense --model resnet20 --dataset celeba", ["labels", "celeba"]),
         ("--method dense --model vae --image-size 40", ["32, 48 or 64", "40"]),
         ("--method earlybird --model linear_ae", ["no batch norm"]),
