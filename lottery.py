@@ -982,13 +982,13 @@ def set_rate(optimizer, lr):
             group["lr"] = lr
 
 def graphed(update, warmup=3):
-    """`update` as a CUDA graph: a step of a GAN is thousands of launches of microseconds, and a
-    GPU waits half of the time for the next one; a graph is one launch.
-    The first calls run as they are, on a side stream: libraries choose their kernels there. Then
-    one call is captured, which records and does not run, and from there on replayed on inputs that
-    are copied into its own. So update(draws) may read nothing but its tensors (masks, weights and
-    states are changed in place), draw no random number and wait for no value. What it returns is
-    overwritten by the next call, but for the losses. Where capture fails, it says so and goes on."""
+    """`update` as a CUDA graph, one launch a step: a GAN's step is thousands of launches, and a GPU
+    waits half of the time for the next one.
+    The first calls run as they are, on a side stream: libraries choose their kernels there. Then a
+    call is captured, which records and does not run, and replayed from there on, on inputs that are
+    copied into its own. So update(draws) may read nothing but its tensors (masks, weights, states
+    change in place), draw no random number and wait for no value. What it returns is overwritten by
+    the next call, but for the losses. Where capture fails, it says so and goes on without."""
     stream, graph, calls = torch.cuda.Stream(), torch.cuda.CUDAGraph(), itertools.count(1)
     inputs, out = [], None
 
@@ -1840,8 +1840,8 @@ def gan_schedule(steps, update_every=None, strict=False):
     the first step at which D may change, and steps between balance ratios.
     The paper's 500, 1,000 (strict: 2,000), 1,000, 1,000 and 10 of 100,000 steps, scaled with the
     run. At least 20: new weights need time to grow past the magnitude that would drop them. A
-    decision rests on at least 20 ratios, or on one a step: by 4, one in seven went wrong. In a run
-    under 20,000 steps D is left alone for 5 % of them: at first it is far ahead and would be cut."""
+    decision rests on at least 20 ratios, or on one a step: by 4, one in seven went wrong. In runs
+    under 20,000 steps D stays for 5 % of them: at first it is far ahead and would be cut."""
     every = update_every or max(20, steps // 200)
     every_D, window = (4 if strict else 2) * every, 2 * every
     first = every_D
