@@ -22,7 +22,7 @@ Papers   Kalibhat et al., Winning Lottery Tickets in Deep Generative Models, AAA
          Lee et al., SNIP, 1810.02340; Wang, Zhang & Grosse, GraSP, 2002.07376
 """
 import argparse, collections, concurrent.futures, contextlib, copy, csv, functools, hashlib, io
-import itertools, json, math, os, platform, re, sys, textwrap, time, types
+import itertools, json, math, os, platform, re, signal, sys, textwrap, time, types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -174,13 +174,19 @@ def decode_folder(folder, size, grey=False):
     return torch.from_numpy(images)
 
 def write_atomically(path, write):
-    """`write(file)` under a temporary name, then renamed: no reader ever sees a part of a file."""
+    """`write(file)` under a temporary name, then renamed: no reader ever sees a part of a file.
+    An error leaves nothing that would keep a full disk full."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # the second is torch.save's
+        raise OSError(f"cannot write {path}: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 def load_images(name, root="data", size=None, train=True, labelled=False, grey=False):
     """uint8 images (N, C, size, size) and int64 labels (N,) of the training or held-out part.
@@ -974,7 +980,8 @@ def train(
     eval_every  steps between evaluations; there is one at the end, too, and unless the end is the
                 only one, one at `start`
     checkpoint  a Checkpoint: a finished training returns at once, one that was cut off goes on
-    A loss that is not finite ends it with FloatingPointError (on CUDA every tenth is looked at)."""
+    A loss that is not finite ends it with FloatingPointError (on CUDA every tenth is looked at), a
+    signal with KeyboardInterrupt, after a checkpoint."""
     masks, ema = masks or {}, ema or nn.ModuleDict()
     state = {} if state is None else state
     look_every = 1 if next(nets.parameters()).is_cpu else 10
@@ -1016,32 +1023,60 @@ def train(
             shown, step_s = now, (now - began) / (step - first)
             log = out["losses"] | state.get("log", {})
             print(progress_line(step, steps, log, step_s), flush=True)
-        if checkpoint and (end or now - checkpoint.written >= checkpoint.every_s):
+        stop = checkpoint and checkpoint.signals
+        if checkpoint and (end or stop or now - checkpoint.written >= checkpoint.every_s):
             check_finite(nets.named_parameters(), step)
             checkpoint.save(step, rows, recent, seconds, end)
+        if stop:
+            raise KeyboardInterrupt(f"stopped; the same command goes on from {checkpoint.good}")
     return Trained(step, rows, earlier + time.perf_counter() - began)
 
 def save_torch(path, content):
     """torch.save, atomically; tensors and plain values only, so that load_torch can read it."""
     write_atomically(path, lambda file: torch.save(content, file))
 
-def load_torch(path, device="cpu"):
-    """Read a file of tensors and plain values. weights_only: a file that holds pickled code is
-    refused, not run. ValueError with the file's name for anything but a whole file of ours."""
+@contextlib.contextmanager
+def reading(path):
+    """Whatever a damaged or foreign file leads to becomes a ValueError, one line with its name."""
     try:
+        yield
+    except Exception as error:  # zip, pickle, json and torch each have their own
+        what = " ".join(repr(error).split())[:200]
+        raise ValueError(f"cannot read {path} ({what}); restore a copy or name another") from None
+
+def load_torch(path, device="cpu"):
+    """Read a file of ours: tensors and plain values. weights_only: a file that holds pickled code
+    is refused, not run."""
+    with reading(path):
         content = torch.load(path, map_location=device, weights_only=True)
         if content.get("format") != 1:
             raise ValueError("not of format 1")
+        check_tensors(content)
         return content
-    except Exception as error:  # zip, pickle and torch each have their own
-        raise ValueError(f"cannot read {path} ({error!r:.120}); restore a copy") from None
+
+def check_tensors(content):
+    """ValueError unless the tensors in nested dicts and lists are real, finite, and not expanded
+    from few numbers, which would fill the memory later. (A sparse one fails: it has no storage.)"""
+    if isinstance(content, dict):
+        content = list(content.values())
+    if isinstance(content, (list, tuple)):
+        for part in content:
+            check_tensors(part)
+    elif isinstance(content, torch.Tensor):
+        own = content.untyped_storage().nbytes()
+        if content.is_complex() or content.nbytes > own or not content.isfinite().all():
+            raise ValueError("a tensor is complex, expanded or not finite")
+
+def check_shapes(tensors, wanted):
+    """ValueError unless each of {name: tensor} has the shape of the wanted one of its name."""
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise ValueError(f"{name} is {[*tensor.shape]}, not {[*wanted[name].shape]}")
 
 def read_json(path):
     """The dict in a JSON file; ValueError with its name when it is missing or damaged."""
-    try:
+    with reading(path):
         return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError, OSError) as error:
-        raise ValueError(f"cannot read {path} ({error!r:.120}); name another folder") from None
 
 def write_text(path, text):
     """A text file, atomically."""
@@ -1062,6 +1097,8 @@ def locked(folder):
 class Checkpoint:
     """What a run folder keeps of the training `name`: last.pt while it runs, done-NAME.pt when it
     has ended, metrics-NAME.csv. `every_s`: seconds between checkpoints; it changes no weight."""
+    running, signals = False, []  # of the process: a training goes on; what asks it to end
+
     def __init__(self, folder, name, every_s=120.0):
         self.name, self.every_s = name, every_s
         self.last, self.done = folder / "last.pt", folder / f"done-{name}.pt"
@@ -1072,18 +1109,24 @@ class Checkpoint:
         """Copy the checkpoint into these; its (step, rows, recent, seconds, finished), or None."""
         self.parts = nets, ema, masks, optimizers, state
         path = self.done if self.done.exists() else self.last
+        Checkpoint.running = not self.done.exists()
         if not path.exists():
             return None
         saved = load_torch(path, next(nets.parameters()).device)
         if saved.get("name") != self.name:  # last.pt of another training
             return None
-        nets.load_state_dict(saved["weights"])
-        ema.load_state_dict(saved["ema"])
-        for name, mask in masks.items():
-            mask.copy_(saved["masks"][name])
-        for role, moments in saved.get("optimizers", {}).items():
-            optimizers[role].load_state_dict(moments)
-        state.update(saved["state"])
+        with reading(path):
+            nets.load_state_dict(saved["weights"])
+            ema.load_state_dict(saved["ema"])
+            check_shapes(masks, saved["masks"])
+            for name, mask in masks.items():
+                mask.copy_(saved["masks"][name])
+            for role, moments in saved.get("optimizers", {}).items():
+                optimizers[role].load_state_dict(moments)
+                for p, values in optimizers[role].state.items():
+                    sized = {n: v for n, v in values.items() if n != "step"}
+                    check_shapes(sized, dict.fromkeys(sized, p))
+            state.update(saved["state"])
         self.good = f"{path} (step {saved['step']})"
         if not saved["finished"]:
             print(f"{self.name}: continuing from step {saved['step']:,}", flush=True)
@@ -1104,6 +1147,7 @@ class Checkpoint:
         if finished:
             save_torch(self.done, content)
             self.last.unlink(missing_ok=True)
+            Checkpoint.running, self.good = False, f"{self.done} (step {step})"
             return
         content["optimizers"] = {role: o.state_dict() for role, o in optimizers.items()}
         save_torch(self.last, content)
@@ -1336,12 +1380,12 @@ def save_ticket(path, theta, masks, settings, number, metrics):
 def load_ticket(path, device="cpu"):
     """The dict of a ticket file, masks as float; runs no code. ValueError when it is damaged."""
     ticket = load_torch(path, device)
-    try:
-        masks = {n: m.float() for n, m in ticket["masks"].items()}
-        names = "settings theta round density metrics".split()
-        return {n: ticket[n] for n in names} | {"masks": masks}
-    except (KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no ticket: {error!r:.120}") from None
+    with reading(path):
+        check_shapes(ticket["masks"], ticket["theta"])
+        ticket["masks"] = {n: m.float() for n, m in ticket["masks"].items()}
+        ticket["theta"] = {str(n): v.detach() for n, v in ticket["theta"].items()}
+        ticket["settings"] = dict(ticket["settings"])
+        return {n: ticket[n] for n in "settings theta masks round density metrics".split()}
 
 def transfer_ticket(theta, masks, target, roles=None):
     """A ticket into another model: decoder <-> generator, encoder <-> discriminator. Kalibhat 2021.
@@ -1527,10 +1571,11 @@ def load_model(path, device="cpu"):
     """(networks, saved) from a model.pt: nn.ModuleDict in eval mode, masked, a GAN's G with its
     averaged weights; the file's dict of settings, masks and metrics. Runs no code from the file."""
     saved = load_torch(path, device)
-    try:
+    with reading(path):
         s, weights = saved["settings"], saved["weights"]
         size = s["image_size"], s["channels"], s["width"], s.get("z")
-        nets = build(s["model"], *size, classes=s["classes"])
+        with torch.device("meta"):  # nothing is allocated before all shapes are compared
+            nets = build(s["model"], *size, classes=s["classes"])
         masks, chains = {}, channel_chains(nets)
         for chain in chains:  # of an early bird: as many channels as the file has
             name = f"{chain.norm}.weight"
@@ -1538,11 +1583,11 @@ def load_model(path, device="cpu"):
             masks[chain.conv] = channels < len(weights[name])
         if any(not mask.all() for mask in masks.values()):
             nets = slim(nets, masks, chains)
-        nets.to(device).load_state_dict(weights)
+        check_shapes(nets.state_dict(), weights)
+        check_shapes(saved["masks"], weights)
+        nets.to_empty(device=device).load_state_dict(weights)
         masks = {n: m.float() for n, m in saved["masks"].items()}
         apply_masks_(nets, masks)
-    except (KeyError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{path} is no model.pt: {error!r:.120}") from None
     return nets.eval(), saved
 
 # ==================================================================================================
@@ -2001,13 +2046,11 @@ def feature_network(name, weights=None):
     """The feature network "random" or "inception", of a file or torch.hub's download."""
     if name == "random":
         return RandomFeatures()
-    try:
+    with reading(f"--inception-weights {weights or FID_WEIGHTS}"):
         if weights:
             return InceptionFeatures(torch.load(weights, "cpu", weights_only=True))
         download = torch.hub.load_state_dict_from_url
         return InceptionFeatures(download(FID_WEIGHTS, check_hash=True, weights_only=True))
-    except Exception as error:  # url, zip, pickle, state dict
-        raise ValueError(f"--inception-weights {weights or FID_WEIGHTS}: {error!r:.120}") from None
 
 @torch.no_grad()
 def extract(images, network, size=100):
@@ -2334,7 +2377,7 @@ def parse(argv):
 def check(name, value):
     """ValueError unless `value`, of a flag or of a file, may stand in its row of SETTINGS."""
     row = SETTINGS[name]
-    for item in value if row.nargs else [value]:
+    for item in value if row.nargs and isinstance(value, list) else [value]:
         wanted = (int, float) if row.type is float else row.type
         fits = isinstance(item, wanted) and isinstance(item, bool) == (row.type is bool)
         fits = fits and item != ""
@@ -2368,8 +2411,10 @@ def resolve(given):
         ticket = ticket_settings(given, method)
     by_method = BY_METHOD.get(method, {})
     known = collections.ChainMap(given, ticket, by_method, rows)
+    for name, value in collections.ChainMap(given, ticket).items():
+        if name in SETTINGS and value is not None:
+            check(name, value)
     model, dataset = known["model"], known["dataset"]
-    check("model", model)
     check_read(given, method, model)
     preset = {}
     if dataset == "shapes":
@@ -2387,9 +2432,6 @@ def resolve(given):
         data["image_size"] = 28  # the paper's 784 inputs; no black frame
     layers = given, ticket, by_method, preset, MODELS[model], data, rows
     s = types.SimpleNamespace(**collections.ChainMap(*layers))
-    for name in SETTINGS:
-        if getattr(s, name) is not None:
-            check(name, getattr(s, name))
     if "rewind_step" not in given | ticket:
         s.rewind_step = min(s.rewind_step, s.steps // 10)
     if model in STAGES and "lr" not in given | ticket:  # in proportion: Goyal et al. 2017
@@ -2400,6 +2442,7 @@ def derive(s, given):
     """Fill in settings that depend on others, refuse those that contradict each other."""
     gan, ddst = s.model in GANS, s.method == "ddst"
     s.prune, s.channels = s.prune or s.roles, 1 if s.grey else s.channels
+    s.lr = min(s.lr, torch.finfo(torch.float32).max)  # above it torch does not even diverge
     if not s.eval_every:
         s.eval_every = max(1, s.steps // 10)
         if s.method == "imp" or s.features == "inception":
@@ -2465,7 +2508,7 @@ def ticket_settings(given, method):
         names += ["model", "ema", "n_critic", "beta"]
     inherited = {n: theirs[n] for n in names if theirs.get(n) is not None}
     if method == "elastic":
-        torchvisions = theirs.get("model") in STAGES
+        torchvisions = theirs.get("model") in list(STAGES)
         inherited["model"] = "resnet34" if torchvisions else "resnet32"
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return inherited | {"ticket_sha256": digest, "ticket_file": str(path)}
@@ -2502,7 +2545,8 @@ def check_folder(folder, s):
     differ = [n for n in names if theirs.get(n) != ours[n]]
     both = [f"{n} {theirs.get(n)} there, {ours[n]} here" for n in differ]
     if differ:
-        raise ValueError(f"--out {folder} holds another run: {'; '.join(both)}. Name another")
+        what = f"another run of {s.dataset}: {'; '.join(both)}"
+        raise ValueError(f"--out {folder} holds {what}. Name another")
 
 class Run:
     """A run of the command line: settings, data, networks and folder. Images are uint8 (N, C, S, S)
@@ -2720,7 +2764,7 @@ def open_ticket(s, nets):
     """(theta, masks, text) of a ticket, transfer or elastic run; ValueError if it does not fit."""
     ticket, target = load_ticket(s.ticket_file, s.device), nets.state_dict()
     theta, masks, fresh = ticket["theta"], ticket["masks"], []
-    text = f"  ticket of a {ticket['settings']['model']}: {ticket['metrics']}"
+    text = f"  ticket of a {ticket['settings'].get('model')}: {ticket['metrics']}"
     if s.method == "transfer":
         theta, masks, received = transfer_ticket(theta, masks, target, s.prune)
         fresh = [name for name in target if name not in received]
@@ -2730,13 +2774,10 @@ def open_ticket(s, nets):
         maps = [block_map(*pair, s.order) for pair in pairs]
         theta, masks, fresh = elastic_ticket(theta, masks, target, maps)
         text += f"; source blocks, by stage: {maps}; kept: {density(masks):.2%}"
-    trial = copy.deepcopy(nets)
-    try:
+    with reading(f"--ticket {s.ticket_file} into {s.model}"):
+        trial = copy.deepcopy(nets)
         trial.load_state_dict(theta)
         apply_masks_(trial, masks)
-    except (RuntimeError, AttributeError) as error:
-        what = " ".join(str(error).split())[:300]
-        raise ValueError(f"--ticket does not fit {s.model}: {what}") from None
     return theta, masks, f"{text}; fresh and dense: {', '.join(fresh) or 'none'}"
 
 def run_ticket(run):
@@ -2931,6 +2972,9 @@ def run_evaluate(given):
     folder, device = given["evaluate"], pick_device(given.get("device"))
     nets, saved = load_model(Path(folder) / "model.pt", device)
     check_read(given, None, saved["settings"]["model"])
+    for name, value in saved["settings"].items():
+        if name in SETTINGS and value is not None:
+            check(name, value)
     settings = {name: row.default for name, row in SETTINGS.items()}
     settings |= saved["settings"] | given | {"device": device, "out": folder}
     run = Run(types.SimpleNamespace(**settings))
@@ -2948,7 +2992,8 @@ def run_table(folders, given):
             if name not in other and not name.startswith("ticket"):
                 same[name] = value
         summaries.append({**read_json(folder / "summary.json"), "settings": same})
-    print_summaries(summaries)
+    with reading(f"a summary.json of {' '.join(folders)}"):
+        print_summaries(summaries)
 
 def run_method(given):
     """Start, continue or show a run. What can be refused is refused before anything is written."""
@@ -2956,9 +3001,9 @@ def run_method(given):
     run, folder = Run(s), Path(s.out)
     check_folder(folder, s)
     if (folder / "summary.json").exists():
-        summary = read_json(folder / "summary.json")
         print(f"{folder} is finished; --evaluate {folder} measures it again")
-        return print_summaries([summary])
+        with reading(folder / "summary.json"):
+            return print_summaries([read_json(folder / "summary.json")])
     if s.device == "cpu" and s.width == 1 and s.model in SAMPLED and s.dataset != "shapes":
         small = "--width 0.25 --batch-size 32 --steps 1500"
         small += " --n-critic 1" * (s.model in GANS)
@@ -2976,7 +3021,9 @@ def run_method(given):
         if not config.exists():
             here |= dict(torch=torch.__version__, machine=platform.machine())
             write_text(config, json.dumps(vars(s) | {"environment": here}, indent=1))
-        elif not here.items() <= read_json(config).get("environment", {}).items():
+        with reading(config):
+            same = here.items() <= read_json(config)["environment"].items()
+        if not same:
             print(f"continuing with {here}, not as before: last bits will differ")
         shown = [f"{name} {value}" for name, value in identity(s).items() if value]
         print("\n".join(textwrap.wrap(", ".join(shown), 100)), flush=True)
@@ -2987,24 +3034,48 @@ def run_method(given):
     print(f"model, metrics and pictures are in {folder}")
     print_summaries([summary])
 
-def main(argv=None):
-    """The command line; returns the exit code: 0, 2 for bad input, 1 for a diverged training."""
+@contextlib.contextmanager
+def catching_signals():
+    """Ctrl-C and SIGTERM let a training that runs write a checkpoint and end. Elsewhere, and with
+    the second Ctrl-C, the process ends at once."""
+    def receive(number, frame):
+        again = number == signal.SIGINT and Checkpoint.signals
+        Checkpoint.signals.append(number)
+        if again or not Checkpoint.running:
+            raise KeyboardInterrupt("stopped at once; only what was saved before stays")
+
+    Checkpoint.running, Checkpoint.signals, before = False, [], {}
     try:
-        given = parse(argv)
-        if "table" in given:
-            run_table(given.pop("table"), given)
-        elif "evaluate" in given:
-            run_evaluate(given)
-        else:
-            run_method(given)
+        with contextlib.suppress(ValueError):  # only the main thread may
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, receive)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+def main(argv=None):
+    """The command line; returns the exit code: 0, 2 for bad input, 1 for a diverged training, 130
+    or 143 after a signal."""
+    if hasattr(sys.stdout, "reconfigure"):  # "?" for a letter that it does not have
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        with catching_signals():
+            given = parse(argv)
+            if "table" in given:
+                run_table(given.pop("table"), given)
+            elif "evaluate" in given:
+                run_evaluate(given)
+            else:
+                run_method(given)
         return 0
     except (ValueError, OSError, FloatingPointError) as error:
         last = str(error).strip().splitlines()[-1]  # of a decoding process: its own error
         print(f"lottery.py: {last}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
-    except KeyboardInterrupt:
-        print("lottery.py: stopped; the same command goes on", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"lottery.py: {error}", file=sys.stderr)
+        return 128 + Checkpoint.signals[0]
 
 if __name__ == "__main__":
     sys.exit(main())
