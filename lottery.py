@@ -980,8 +980,7 @@ def train(
     eval_every  steps between evaluations; there is one at the end, too, and unless the end is the
                 only one, one at `start`
     checkpoint  a Checkpoint: a finished training returns at once, one that was cut off goes on
-    A loss that is not finite ends it with FloatingPointError (on CUDA every tenth is looked at), a
-    signal with KeyboardInterrupt, after a checkpoint."""
+    A loss that is not finite ends it with FloatingPointError (on CUDA every tenth is looked at)."""
     masks, ema = masks or {}, ema or nn.ModuleDict()
     state = {} if state is None else state
     look_every = 1 if next(nets.parameters()).is_cpu else 10
@@ -1023,12 +1022,9 @@ def train(
             shown, step_s = now, (now - began) / (step - first)
             log = out["losses"] | state.get("log", {})
             print(progress_line(step, steps, log, step_s), flush=True)
-        stop = checkpoint and checkpoint.signals
-        if checkpoint and (end or stop or now - checkpoint.written >= checkpoint.every_s):
+        if checkpoint and (end or checkpoint.due()):
             check_finite(nets.named_parameters(), step)
             checkpoint.save(step, rows, recent, seconds, end)
-        if stop:
-            raise KeyboardInterrupt(f"stopped; the same command goes on from {checkpoint.good}")
     return Trained(step, rows, earlier + time.perf_counter() - began)
 
 def save_torch(path, content):
@@ -1051,27 +1047,16 @@ def load_torch(path, device="cpu"):
         content = torch.load(path, map_location=device, weights_only=True)
         if content.get("format") != 1:
             raise ValueError("not of format 1")
-        check_tensors(content)
         return content
 
-def check_tensors(content):
-    """ValueError unless the tensors in nested dicts and lists are real, finite, and not expanded
-    from few numbers, which would fill the memory later. (A sparse one fails: it has no storage.)"""
-    if isinstance(content, dict):
-        content = list(content.values())
-    if isinstance(content, (list, tuple)):
-        for part in content:
-            check_tensors(part)
-    elif isinstance(content, torch.Tensor):
-        own = content.untyped_storage().nbytes()
-        if content.is_complex() or content.nbytes > own or not content.isfinite().all():
-            raise ValueError("a tensor is complex, expanded or not finite")
-
 def check_shapes(tensors, wanted):
-    """ValueError unless each of {name: tensor} has the shape of the wanted one of its name."""
+    """ValueError unless each of {name: tensor} has the shape of the wanted one of its name and
+    real, finite numbers of its own: expanded from few, a copy of them would fill the memory."""
     for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(f"{name} is {[*tensor.shape]}, not {[*wanted[name].shape]}")
+        stored = tensor.untyped_storage().nbytes()  # fails for a sparse one
+        fits = tensor.shape == wanted[str(name)].shape and tensor.nbytes <= stored
+        if not fits or tensor.is_complex() or not tensor.isfinite().all():
+            raise ValueError(f"{name} {[*tensor.shape]} has another shape, or it is not finite")
 
 def read_json(path):
     """The dict in a JSON file; ValueError with its name when it is missing or damaged."""
@@ -1097,7 +1082,7 @@ def locked(folder):
 class Checkpoint:
     """What a run folder keeps of the training `name`: last.pt while it runs, done-NAME.pt when it
     has ended, metrics-NAME.csv. `every_s`: seconds between checkpoints; it changes no weight."""
-    running, signals = False, []  # of the process: a training goes on; what asks it to end
+    stop = None  # of the process: a signal that asks a training to end, or 0; None: none runs
 
     def __init__(self, folder, name, every_s=120.0):
         self.name, self.every_s = name, every_s
@@ -1109,7 +1094,7 @@ class Checkpoint:
         """Copy the checkpoint into these; its (step, rows, recent, seconds, finished), or None."""
         self.parts = nets, ema, masks, optimizers, state
         path = self.done if self.done.exists() else self.last
-        Checkpoint.running = not self.done.exists()
+        Checkpoint.stop = None if self.done.exists() else 0
         if not path.exists():
             return None
         saved = load_torch(path, next(nets.parameters()).device)
@@ -1144,14 +1129,21 @@ class Checkpoint:
         content |= {"seconds": seconds, "finished": finished, "state": state}
         content |= {"weights": nets.state_dict(), "ema": ema.state_dict()}
         content["masks"] = {name: mask.bool() for name, mask in masks.items()}
+        path = self.done if finished else self.last
+        if not finished:
+            content["optimizers"] = {role: o.state_dict() for role, o in optimizers.items()}
+        save_torch(path, content)
+        self.written, self.good = time.perf_counter(), f"{path} (step {step})"
+        if self.stop:
+            text = f"stopped; the same command goes on from {self.good}"
+            raise KeyboardInterrupt(self.stop, text)
         if finished:
-            save_torch(self.done, content)
+            Checkpoint.stop = None
             self.last.unlink(missing_ok=True)
-            Checkpoint.running, self.good = False, f"{self.done} (step {step})"
-            return
-        content["optimizers"] = {role: o.state_dict() for role, o in optimizers.items()}
-        save_torch(self.last, content)
-        self.written, self.good = time.perf_counter(), f"{self.last} (step {step})"
+
+    def due(self):
+        """Is it time to save? A signal does not wait for the interval."""
+        return self.stop or time.perf_counter() - self.written >= self.every_s
 
 # ==================================================================================================
 # 6. SCORES: how much each weight matters, early in training. {name: tensor shaped like the
@@ -1381,9 +1373,9 @@ def load_ticket(path, device="cpu"):
     """The dict of a ticket file, masks as float; runs no code. ValueError when it is damaged."""
     ticket = load_torch(path, device)
     with reading(path):
+        check_shapes(ticket["theta"], ticket["theta"])
         check_shapes(ticket["masks"], ticket["theta"])
         ticket["masks"] = {n: m.float() for n, m in ticket["masks"].items()}
-        ticket["theta"] = {str(n): v.detach() for n, v in ticket["theta"].items()}
         ticket["settings"] = dict(ticket["settings"])
         return {n: ticket[n] for n in "settings theta masks round density metrics".split()}
 
@@ -1583,8 +1575,9 @@ def load_model(path, device="cpu"):
             masks[chain.conv] = channels < len(weights[name])
         if any(not mask.all() for mask in masks.values()):
             nets = slim(nets, masks, chains)
-        check_shapes(nets.state_dict(), weights)
-        check_shapes(saved["masks"], weights)
+        empty = nets.state_dict()
+        check_shapes({name: weights[name] for name in empty}, empty)
+        check_shapes(saved["masks"], empty)
         nets.to_empty(device=device).load_state_dict(weights)
         masks = {n: m.float() for n, m in saved["masks"].items()}
         apply_masks_(nets, masks)
@@ -3039,12 +3032,12 @@ def catching_signals():
     """Ctrl-C and SIGTERM let a training that runs write a checkpoint and end. Elsewhere, and with
     the second Ctrl-C, the process ends at once."""
     def receive(number, frame):
-        again = number == signal.SIGINT and Checkpoint.signals
-        Checkpoint.signals.append(number)
-        if again or not Checkpoint.running:
-            raise KeyboardInterrupt("stopped at once; only what was saved before stays")
+        again = number == signal.SIGINT and Checkpoint.stop
+        if again or Checkpoint.stop is None:
+            raise KeyboardInterrupt(number, "stopped at once; only what was saved before stays")
+        Checkpoint.stop = number
 
-    Checkpoint.running, Checkpoint.signals, before = False, [], {}
+    Checkpoint.stop, before = None, {}
     try:
         with contextlib.suppress(ValueError):  # only the main thread may
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -3074,8 +3067,9 @@ def main(argv=None):
         print(f"lottery.py: {last}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt as error:
-        print(f"lottery.py: {error}", file=sys.stderr)
-        return 128 + Checkpoint.signals[0]
+        number, text = error.args
+        print(f"lottery.py: {text}", file=sys.stderr)
+        return 128 + number
 
 if __name__ == "__main__":
     sys.exit(main())
