@@ -2404,11 +2404,12 @@ def resolve(given):
         ticket = ticket_settings(given, method)
     by_method = BY_METHOD.get(method, {})
     known = collections.ChainMap(given, ticket, by_method, rows)
+    model, dataset = known["model"], known["dataset"]
+    check("model", model)
+    check_read(given, method, model)
     for name, value in collections.ChainMap(given, ticket).items():
         if name in SETTINGS and value is not None:
             check(name, value)
-    model, dataset = known["model"], known["dataset"]
-    check_read(given, method, model)
     preset = {}
     if dataset == "shapes":
         preset = {"rounds": 5, **SHAPES_PRESET[model]}
