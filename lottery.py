@@ -325,27 +325,34 @@ def balanced_index(labels, count, generator):
     chosen = order[rank.argsort(stable=True)[:count]]
     return chosen[torch.randperm(len(chosen), generator=generator)]
 
+def to_device(tensor, device):
+    """A tensor on `device`; to a GPU through pinned memory, so that nobody waits for the copy."""
+    if tensor.is_cpu and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
 def batch(images, position, size, seed, flip=False, device=None, crop=0):
     """The images at batch_index, (size, C, H, W) in [-1, 1], mirrored at random, shifted by up to
     `crop` pixels, black coming in (He et al. 2016). An ImageStream mirrors and cuts by itself."""
     if isinstance(images, ImageStream):
         chosen = images.batch(position, size, seed)
-        return chosen.to(device=device).float().div_(127.5).sub_(1)
+        return to_device(chosen, device or "cpu").float().div_(127.5).sub_(1)
+    device = device or images.device
     index = batch_index(len(images), position, size, seed)
-    chosen = images[index.to(images.device)].to(device=device)
-    real = chosen.float().div_(127.5).sub_(1)
+    chosen = images[to_device(index, images.device)]
+    real = to_device(chosen, device).float().div_(127.5).sub_(1)
     if flip:
         coins = torch.rand(size, 1, 1, 1, generator=rng(seed, position, "flip"))
-        mirrored = (coins < 0.5).to(real.device)
-        real = torch.where(mirrored, real.flip(-1), real)
+        real = torch.where(to_device(coins < 0.5, device), real.flip(-1), real)
     if crop:
         B, C, H, W = real.shape
         how = dict(generator=rng(seed, position, "crop"))
-        dy, dx = torch.randint(2 * crop + 1, (2, B, 1, 1, 1), **how)
-        b = torch.arange(B).view(B, 1, 1, 1)
-        c = torch.arange(C).view(C, 1, 1)
-        rows = dy + torch.arange(H).view(H, 1)  # (B, 1, H, 1)
-        columns = dx + torch.arange(W)  # (B, 1, 1, W)
+        shift = torch.randint(2 * crop + 1, (2, B, 1, 1, 1), **how)
+        dy, dx = to_device(shift, device)
+        b = torch.arange(B, device=device).view(B, 1, 1, 1)
+        c = torch.arange(C, device=device).view(C, 1, 1)
+        rows = dy + torch.arange(H, device=device).view(H, 1)  # (B, 1, H, 1)
+        columns = dx + torch.arange(W, device=device)  # (B, 1, 1, W)
         real = F.pad(real, (crop,) * 4, value=-1)[b, c, rows, columns]
     return real
 
@@ -355,7 +362,7 @@ def to_uint8(images):
 
 def latents(count, z, seed, step, purpose, k=0, device="cpu"):
     """(count, z) standard normal latents, drawn on the CPU so that every device sees the same."""
-    return torch.randn(count, z, generator=rng(seed, step, purpose, k)).to(device)
+    return to_device(torch.randn(count, z, generator=rng(seed, step, purpose, k)), device)
 
 # ==================================================================================================
 # 2. MODELS: two families of trunks, each an encoder (also: discriminator) and a decoder (also:
@@ -643,14 +650,26 @@ def build(model, size=32, channels=3, width=1.0, z=None, seed=0, classes=10, dra
 #    float because multiplying by a bool mask is three to ten times slower.
 
 def prunable_modules(model):
-    """(name of the raw weight, module) of every Conv2d, ConvTranspose2d and Linear of any model.
-    Raw: under spectral norm a mask on the normalised weight would be gone at the next forward."""
+    """(name of the raw weight, module) of every weight of a convolution, Linear, attention or
+    recurrent layer of any model; other parameters stay dense. Raw: under spectral norm a mask on
+    the normalised weight would be gone at the next forward. Others that compute it are refused."""
+    kinds = nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase
+    names = r"weight|(in|[qkv])_proj_weight|weight_[ih]h(_l\d+(_reverse)?)?"
     for path, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            raw = "weight"
-            if nn.utils.parametrize.is_parametrized(module, raw):
-                raw = "parametrizations.weight.original"
-            yield f"{path}.{raw}".removeprefix("."), module
+        if not isinstance(module, kinds):
+            continue
+        own = vars(module) | module._parameters  # vars: what a hook computes
+        own |= getattr(module, "parametrizations", {})
+        for name, value in own.items():
+            if value is None or not re.fullmatch(names, name):
+                continue
+            if not isinstance(value, nn.Parameter):
+                steps = [type(step) for step in value]
+                if steps != [nn.utils.parametrizations._SpectralNorm]:
+                    why = "is computed anew, not by parametrizations.spectral_norm"
+                    raise ValueError(f"{path}.{name} {why}: a mask would be lost")
+                name = f"parametrizations.{name}.original"
+            yield f"{path}.{name}".removeprefix("."), module
 
 def prunable_parameters(model):
     """{name: parameter} of all prunable weights; a shared one counts once, under its first name."""
@@ -673,7 +692,7 @@ def keep_top(scores, k):
 def prune_masks(scores, density, masks=None, scope="global", keep_best=False):
     """Masks that keep the round(density x N) weights of largest score of all N. Han et al. 2015.
     scores     {name: tensor}, larger = keep; |weight| for magnitude pruning
-    masks      what is pruned already: ranks below every survivor, even a 0, so masks are nested
+    masks      what is pruned already and stays so: masks are nested, also where survivors are 0
     scope      "global": one pool; "network": one for each name up to its first dot; "layer"
     keep_best  the best survivor of each tensor stays: an empty layer cuts the network in two"""
     if not 0 < density <= 1:
@@ -694,6 +713,8 @@ def prune_masks(scores, density, masks=None, scope="global", keep_best=False):
             flat[flat.argmax()] = math.inf
     pool = torch.cat(flats)
     k = max(1, round(density * len(pool)))
+    if masks and k > int(torch.count_nonzero(pool > -math.inf)):
+        raise ValueError(f"masks are nested; these keep less than {k} weights")
     if keep_best and k < len(scores):
         raise ValueError(f"{k} weights cannot keep {len(scores)} layers alive")
     return split_like(keep_top(pool, k), scores)
@@ -824,15 +845,20 @@ def gan_step(G, D, optimizers, real, z_D, z_G, objective="hinge", clip=0.0, mask
     `z` and its images `fake` of them, made before its step. G's backward stops at G (`inputs=`);
     otherwise its loss would leak into the gradients by which D grows."""
     masks = masks or {"G": {}, "D": {}}
-    autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=amp)
+    apart = any(isinstance(m, nn.BatchNorm2d) for m in D.modules())  # it shall see one kind
+    how = dict(dtype=torch.bfloat16, enabled=amp, cache_enabled=False)  # no cache: see graphed
+    autocast = torch.autocast(real.device.type, **how)
     for x, z in zip(real, z_D):  # (B, c, S, S), (B, z)
         D.zero_grad()
         with autocast:
             with torch.no_grad():
-                fake = G(z)
-            d_real = D(x).to(x.dtype)  # apart: a batch norm sees one kind
-            d_fake = D(fake).to(x.dtype)
-        loss_D = discriminator_loss(objective, d_real, d_fake)
+                fake = G(z).to(x.dtype)
+            if apart:
+                d_real, d_fake = D(x), D(fake)
+            else:  # one pass: half of the launches, one iteration of spectral norm
+                d_real, d_fake = D(torch.cat([x, fake])).split(len(x))
+        logits = d_real.to(x.dtype), d_fake.to(x.dtype)
+        loss_D = discriminator_loss(objective, *logits)
         loss_D.backward()
         optimizers["D"].step()
         if clip:
@@ -856,7 +882,8 @@ def autoencoder_losses(nets, x, noise=None, beta=1.0, amp=False):
     nets {"encoder", "decoder"}; x (B, c, S, S); noise (B, z), standard normal
     AE: mean squared error. VAE (Kingma & Welling 2014): squared error summed over pixels, and beta
     KL(q(z|x) || N(0, 1)), means over the batch. Beside a mean over pixels the KL term would win."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+    how = dict(dtype=torch.bfloat16, enabled=amp, cache_enabled=False)
+    with torch.autocast(x.device.type, **how):
         code = nets["encoder"](x).to(x.dtype)  # (B, z), or (B, 2z)
         if noise is not None:
             mean, log_var = code.chunk(2, 1)  # (B, z) each
@@ -882,7 +909,8 @@ def autoencoder_step(nets, optimizers, x, noise=None, beta=1.0, masks=None, amp=
 def classifier_step(net, optimizer, x, labels, masks=None, amp=False):
     """One step of a classifier: x (B, c, S, S), labels (B,) int64; masks by names in the net."""
     net.zero_grad()
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+    how = dict(dtype=torch.bfloat16, enabled=amp, cache_enabled=False)
+    with torch.autocast(x.device.type, **how):
         logits = net(x).to(x.dtype)
     loss = F.cross_entropy(logits, labels)
     loss.backward()
@@ -937,13 +965,68 @@ class Trained(NamedTuple):
         return self.rows[-1].get("metric")
 
 def make_optimizer(kind, net, lr, betas=(0.9, 0.999)):
-    """Adam, RMSprop (betas[1]: smoothing) or SGD (betas[0]: momentum; weight decay 1e-4)."""
-    weights = net.parameters()
+    """Adam, RMSprop (betas[1]: smoothing) or SGD (betas[0]: momentum; weight decay 1e-4). On CUDA
+    such that a graph can hold its step: SGD's learning rate, which changes, is a tensor."""
+    weights, cuda = net.parameters(), next(net.parameters()).is_cuda
     if kind == "adam":
-        return torch.optim.Adam(weights, lr, betas, fused=True)
-    if kind == "sgd":
-        return torch.optim.SGD(weights, lr, betas[0], weight_decay=1e-4)
-    return torch.optim.RMSprop(weights, lr, alpha=betas[1])
+        optimizer = torch.optim.Adam(weights, lr, betas, fused=True, capturable=cuda)
+    elif kind == "sgd":
+        rate = torch.tensor(lr, device="cuda") if cuda else lr
+        how = dict(weight_decay=1e-4, fused=cuda)
+        optimizer = torch.optim.SGD(weights, rate, betas[0], **how)
+    else:
+        optimizer = torch.optim.RMSprop(weights, lr, alpha=betas[1], capturable=cuda)
+    optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are
+    return optimizer
+
+def set_rate(optimizer, lr):
+    """Set a learning rate; a tensor is filled, since a graph reads that very tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+def graphed(update, warmup=3):
+    """`update` as a CUDA graph: a step of a GAN is thousands of launches of microseconds, and a
+    GPU waits half of the time for the next one; a graph is one launch.
+    The first calls run as they are, on a side stream: libraries choose their kernels there. Then
+    one call is captured, which records and does not run, and from there on replayed on inputs that
+    are copied into its own. So update(draws) may read nothing but its tensors (masks, weights and
+    states are changed in place), draw no random number and wait for no value. What it returns is
+    overwritten by the next call, but for the losses. Where capture fails, it says so and goes on."""
+    stream, graph, calls = torch.cuda.Stream(), torch.cuda.CUDAGraph(), itertools.count(1)
+    inputs, out = [], None
+
+    def call(draws):
+        nonlocal graph, inputs, out
+        current = torch.cuda.current_stream()
+        count = next(calls)
+        if graph is None:
+            return update(draws)
+        if count <= warmup:
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                result = update(draws)
+            current.wait_stream(stream)
+            return result
+        if not inputs:
+            inputs = [x if x is None else x.clone() for x in draws]
+            try:
+                with torch.cuda.graph(graph, stream=stream):
+                    out = update(inputs)
+            except RuntimeError as error:
+                graph = None
+                print(f"no CUDA graph, plain steps instead: {error!r:.120}", flush=True)
+                return update(draws)
+        for own, x in zip(inputs, draws):
+            if x is not None:
+                own.copy_(x, non_blocking=True)
+        graph.replay()
+        losses = {name: loss.clone() for name, loss in out["losses"].items()}
+        return out | {"losses": losses}
+
+    return call
 
 @torch.no_grad()
 def ema_update_(ema, live, decay, masks):
@@ -1107,7 +1190,8 @@ class Checkpoint:
             for name, mask in masks.items():
                 mask.copy_(saved["masks"][name])
             for role, moments in saved.get("optimizers", {}).items():
-                optimizers[role].load_state_dict(moments)
+                groups = optimizers[role].state_dict()["param_groups"]  # of this device
+                optimizers[role].load_state_dict(moments | {"param_groups": groups})
                 for p, values in optimizers[role].state.items():
                     sized = {n: v for n, v in values.items() if n != "step"}
                     check_shapes(sized, dict.fromkeys(sized, p))
@@ -1154,23 +1238,28 @@ class Checkpoint:
 def scoring(*models):
     """`untouched`, and scores that depend on weights and data alone. Batch norm takes statistics of
     the batch (running ones are still empty), all else is in eval mode, and spectral norm's vectors
-    are iterated 30 times from a fixed start, then still: with one iteration a forward, scores
-    would depend on what the last forward left."""
-    with untouched(*models), torch.enable_grad(), torch.random.fork_rng([]):
+    are settled, then still: with one iteration a forward, scores would depend on what the last
+    forward left. Of the kernels of attention only the plain one has the second derivative."""
+    plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with untouched(*models), torch.enable_grad(), torch.random.fork_rng([]), plain:
         for layer in nn.ModuleList(models).modules():
             layer.training = isinstance(layer, nn.modules.batchnorm._BatchNorm)
-            if not nn.utils.parametrize.is_parametrized(layer, "weight"):
-                continue
-            weight = layer.parametrizations.weight
-            norm, raw = weight[0], weight.original.detach()
-            matrix = norm._reshape_weight_to_matrix(raw)
-            u = torch.randn(len(matrix), generator=rng(0, 0, "spectral norm")).to(matrix)
-            for _ in range(30):
-                v = F.normalize(matrix.T @ u, dim=0)
-                u = F.normalize(matrix @ v, dim=0)
-            norm._u.copy_(u)
-            norm._v.copy_(v)
+        settle_spectral_norms_(nn.ModuleList(models))
         yield
+
+def settle_spectral_norms_(model):
+    """Iterate spectral norms' vectors 30 times from a fixed start, for the weights as they are."""
+    for weight in model.modules():
+        listed = isinstance(weight, nn.utils.parametrize.ParametrizationList)
+        if not listed or not hasattr(weight[0], "_u"):
+            continue
+        matrix = weight[0]._reshape_weight_to_matrix(weight.original.detach())
+        u = torch.randn(len(matrix), generator=rng(0, 0, "spectral norm")).to(matrix)
+        for _ in range(30):
+            v = F.normalize(matrix.T @ u, dim=0)
+            u = F.normalize(matrix @ v, dim=0)
+        weight[0]._u.copy_(u)
+        weight[0]._v.copy_(v)
 
 def score_magnitude(model):
     """|w|: the baseline that ignores the data, which a score that looks at data has to beat."""
@@ -1422,8 +1511,8 @@ class Chain(NamedTuple):
 
 def channel_chains(model):
     """The Chains of any model that holds our Encoder, Decoder, UpBlock, DownBlock or BasicBlock, or
-    torchvision's BasicBlock. In no chain: image channels, latents, logits, mean and log-variance,
-    sums of residual blocks, and layers without batch norm (sngan's D, linear_ae)."""
+    torchvision's BasicBlock; not Bottleneck. In no chain: image channels, latents, logits, mean and
+    log-variance, sums of residual blocks, layers without batch norm (sngan's D, linear_ae)."""
     chains = []
     for path, module in model.named_modules():
         found, kind = [], str(type(module))
@@ -1453,7 +1542,7 @@ def channel_masks(model, fraction, chains, scope="global"):
     The best channel of every layer stays, or the network is cut in two. Public code keeps what is
     strictly above a threshold: at the start, when all scales are equal, nothing."""
     if not chains:
-        raise ValueError("no batch norm between two convolutions, so no scale ranks the channels")
+        raise ValueError("no chains here: no batch norm between layers, or Bottleneck")
     gammas = gammas_of(model, chains)
     if scope == "global":
         least = len(gammas) / sum(map(len, gammas.values()))
@@ -1502,7 +1591,9 @@ def watch_channels(nets, chains, fraction, scope, epoch, steps, state):
 
 def check_chains(model, chains):
     """ValueError for what `slim` would cut wrongly: layers with groups, a parametrised or a shared
-    weight, and norms that mix channels."""
+    weight, norms that mix channels, and what stands before a consumer with numbers per channel."""
+    order = list(dict(model.named_modules(remove_duplicate=False)))
+    dense = nn.modules.batchnorm._BatchNorm, nn.modules.conv._ConvNd, nn.Linear
     named = model.named_parameters(remove_duplicate=False)
     owners = collections.Counter(id(p) for _, p in named)
     for chain in chains:
@@ -1515,6 +1606,11 @@ def check_chains(model, chains):
         norm = model.get_submodule(chain.norm)
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"{chain.norm} is no batch norm")
+        for name in order[order.index(chain.norm) : order.index(chain.consumers[0])]:
+            layer = model.get_submodule(name)
+            whole = isinstance(layer, dense) and getattr(layer, "groups", 1) == 1
+            if not whole and any(p.numel() > 1 for p in layer.parameters(recurse=False)):
+                raise ValueError(f"{name} cannot be cut behind {chain.norm}")
 
 def cut_(layer, name, dim, keep):
     """Leave the entries `keep` (bool) of one dimension of a layer's parameter or buffer."""
@@ -1699,7 +1795,7 @@ def update_masks_(nets, role, optimizer, masks, drop, grow, how, generator):
         name = f"{role}.{short}"
         if name in masks:
             weights[name] = nets.get_parameter(name)
-            dims[name] = int(isinstance(module, nn.ConvTranspose2d))  # (in, out, kh, kw)
+            dims[name] = int(getattr(module, "transposed", False))  # (in, out, kh, kw)
     own = {name: masks[name] for name in weights}
     gradients = {name: w.grad for name, w in weights.items()}
     given = weights, own, gradients, drop, grow, how, generator, dims
@@ -1778,23 +1874,19 @@ def control_counts(masks, max_density, change=0.05, floor=0.05):
     return dict(change=change, floor=floor, cap=cap, total=total)
 
 def gan_schedule(steps, update_every=None, strict=False):
-    """(steps between updates of G's mask, between decisions on D, window of the balance ratio,
-    first step at which D may change).
-    The paper's 500, 1,000 (strict: 2,000), 1,000 and 1,000 of 100,000 steps, scaled with the run. A
-    floor of 20: between two updates new weights need time to grow past the magnitude that would
-    drop them. Here: in a run under 20,000 steps D is left alone for 5 % of them, because at the
-    start it is far ahead and would be cut to its floor."""
+    """Steps between updates of G's mask, between decisions on D, the window of the balance ratio,
+    the first step at which D may change, and steps between balance ratios.
+    The paper's 500, 1,000 (strict: 2,000), 1,000, 1,000 and 10 of 100,000 steps, scaled with the
+    run. At least 20: new weights need time to grow past the magnitude that would drop them. A
+    decision rests on at least 20 ratios, or on one a step: by 4, one in seven went wrong. In a run
+    under 20,000 steps D is left alone for 5 % of them: at first it is far ahead and would be cut."""
     every = update_every or max(20, steps // 200)
-    every_D = 4 * every if strict else 2 * every
+    every_D, window = (4 if strict else 2) * every, 2 * every
     first = every_D
     if steps < 20_000:
         first = max(every_D, math.ceil(0.05 * steps))
-    return 0 if update_every == 0 else every, every_D, 2 * every, first
-
-def ratio_interval(window):
-    """Steps between balance ratios such that a decision rests on at least 20 of them, or on one a
-    step; the paper's 10 steps at its length. By 4 measurements one decision in seven went wrong."""
-    return max(1, min(10, window // 20))
+    every_G = 0 if update_every == 0 else every
+    return every_G, every_D, window, first, max(1, min(10, window // 20))
 
 def dynamic_gan(
     nets, optimizers, masks, state, *, steps, seed, ratio_every=10, window_steps=0, update_every=0,
@@ -2079,10 +2171,11 @@ def kernel_distance(x, y, generator=None, subsets=10, size=1000):
 
 def generator_for_use(G, averaged=None, seed=0, size=64):
     """A copy of G in eval mode, for sampling: the averaged weights if there are any, with batch
-    norm statistics of their own (over 20 seeded batches; those of the live G are not theirs)."""
+    norm statistics (over 20 seeded batches (size, G.z)) and spectral norm vectors of their own."""
     if averaged is None:
         return copy.deepcopy(G).eval()
     use = copy.deepcopy(averaged)
+    settle_spectral_norms_(use)
     device = next(use.parameters()).device
     z = [latents(size, G.z, seed, 0, "batch norm", k) for k in range(20)]
     torch.optim.swa_utils.update_bn(z, use, device)
@@ -2130,35 +2223,28 @@ def accuracy(net, images, labels, size=500):
         right += int((net(x).argmax(1) == truth.to(device)).sum())
     return right / len(images)
 
-class Reference(NamedTuple):
-    """What generated images are compared with, see distance_reference."""
-    network: nn.Module
-    features: torch.Tensor  # of the real images, (N, d) float64
-    count: int  # images to generate
-    columns: dict  # what is to be said with every distance
-
 def distance_reference(images, held_out, network, features, count, part="held-out"):
-    """The Reference for `count` generated images; None below 640 real ones, ten times the 64
-    features: with less a distance is mostly bias.
+    """What `count` generated images are compared with, a dict; None below 640 real images, ten
+    times the 64 features: with less a distance is mostly bias.
     images, held_out  uint8 (N, c, S, S); features: the name of `network`
-    part              "train": all of `images`, as FIDs are published (Wang et al. 2023: 50,000
-                      against them); "held-out": the first `count` of those, which is stricter
-    The columns: name of the distance and number of generated images ("FD-random-2k", only with the
-    Inception weights "FID-50k"), the reference, and the floor: the distance of at most `count` real
-    images of the other part, which is a perfect generator's."""
+    part              "train": all of `images`, as FIDs are published (Wang et al. 2023);
+                      "held-out": the first `count` of those, which is stricter
+    columns  name of the distance with `count` ("FD-random-2k", with the Inception weights alone
+             "FID-50k"), the reference, and the floor, a perfect generator's: the distance of at
+             most `count` real images of the other part"""
     real, other = held_out[:count], images[:count]
     if part == "train":
         real, other = images, held_out[:count]
     if len(real) < 640:
         print(f"no distance: {len(real)} {part} images are too few, 640 are needed")
         return None
-    x = extract(real, network)
     kind = "FID" if features == "inception" else f"FD-{features}"
     number = f"{count // 1000}k" if count % 1000 == 0 else count
     columns = {"metric_name": f"{kind}-{number}", "generated": count}
     columns |= {"reference": f"{len(real)} {part}", "floor_images": len(other)}
-    columns["floor"] = frechet_distance(x, extract(other, network))
-    return Reference(network, x, count, columns)
+    real = extract(real, network)
+    columns["floor"] = frechet_distance(real, extract(other, network))
+    return dict(network=network, real=real, count=count, columns=columns)
 
 def measure(nets, held_out, truth, reference=None, seed=0):
     """{column: number} of networks for use: the metric that decides, and what stands beside it.
@@ -2172,25 +2258,35 @@ def measure(nets, held_out, truth, reference=None, seed=0):
         numbers = {"metric_name": "held-out error", "metric": error, "error": error}
     if reference:
         generator = nets["G" if "G" in nets else "decoder"]
-        images = sample_images(generator, reference.count, seed, "evaluate")
-        real, fake = reference.features, extract(images, reference.network)
-        numbers |= reference.columns | {"metric": frechet_distance(real, fake)}
+        images = sample_images(generator, reference["count"], seed, "evaluate")
+        real, fake = reference["real"], extract(images, reference["network"])
+        numbers |= reference["columns"] | {"metric": frechet_distance(real, fake)}
         numbers["kid"] = kernel_distance(real, fake, rng(seed, 0, "kid"))
     return numbers
 
 @torch.no_grad()
 def mac_positions(model, *inputs):
     """{name of prunable weight: positions per image at which it works}: a convolution's output
-    pixels, a transposed one's input pixels, 1 for linear. A layer's MACs per image are positions x
-    weights kept; biases, norms and activations are not counted. inputs: of one forward, B = 1."""
+    pixels, a transposed one's input pixels, a sequence's length, else 1. A layer's MACs per image
+    are positions x weights kept. Not counted: what has no prunable weight (biases, norms, queries x
+    keys), and weights used without a call of their module. inputs: of one forward, B = 1."""
     found, model = collections.Counter(), copy.deepcopy(model).eval()
+    first = {id(w): name for name, w in prunable_parameters(model).items()}
+    attention = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+    caller = {m.out_proj: m for m in attention}  # reads its weight
 
     def count(name, module, args, output):
-        area = args[0] if isinstance(module, nn.ConvTranspose2d) else output
-        found[name] += area[0].numel() // len(module.weight)  # +=: a layer may be called twice
+        while isinstance(output, tuple):  # of attention and recurrent layers
+            output = output[0]
+        if module in attention and {x.shape[:-1] for x in args[1:3]} != {output.shape[:-1]}:
+            raise ValueError(f"{name}: MACs need (query, key, value) of one length")
+        area = args[0] if getattr(module, "transposed", False) else output
+        channels = -1 - len(getattr(module, "kernel_size", ()))
+        found[name] += area.numel() // area.shape[channels]  # +=: called twice
 
     for name, module in prunable_modules(model):
-        module.register_forward_hook(functools.partial(count, name))
+        name = first[id(model.get_parameter(name))]
+        caller.get(module, module).register_forward_hook(functools.partial(count, name))
     model(*inputs)
     return dict(found)
 
@@ -2282,7 +2378,8 @@ MOVING, FROM_TICKET = ("sdst", "ddst"), ("ticket", "transfer", "elastic")
 METHODS = ("dense", *SPARSE, "imp", *FROM_TICKET, *SCORED, "earlybird")
 EVALUATION = ("features", "inception_weights", "eval_images", "reference")
 # These may change as a run continues: no weight depends on them.
-NOT_IDENTITY = {*EVALUATION, "eval_every", "device", "out", "data", "workers", "checkpoint_s"}
+NOT_IDENTITY = {*EVALUATION, "eval_every", "checkpoint_s"}
+NOT_IDENTITY |= {"device", "graph", "workers", "data", "out"}
 
 class Row(NamedTuple):
     """All there is to say about a setting, which is a flag too."""
@@ -2316,6 +2413,7 @@ SETTINGS = {
     "lr": Row(None, float, "learning rate", "(0, inf)"),
     "ema": Row(None, float, "longest decay of G's average, 0: none", "[0, 1)", GANS),
     "amp": Row(False, bool, "forward passes of the training in bfloat16"),
+    "graph": Row(True, bool, "a training step as one CUDA graph (on CUDA)"),
     "workers": Row(os.cpu_count(), int, "processes that decode", "[0, 256]", CLASSIFIERS),
     "checkpoint_s": Row(120.0, float, "seconds between checkpoints", "[0, inf)"),
     "density_D": Row(None, float, "ddst: at first", "(0, 1]", (*SPARSE, *SCORED, *GANS)),
@@ -2446,8 +2544,8 @@ def derive(s, given):
         s.rounds = len(round_densities(s.prune_rate, s.rounds, s.density))
     # A cap below 1 (strict): D changes half as often, and explores at its cap.
     schedule = gan_schedule(s.steps, s.update_every, s.max_density_D < 1)
-    every_G, s.every_D, s.window, s.first_D = schedule
-    most = ratio_interval(s.window) if ddst else math.inf
+    every_G, s.every_D, s.window, s.first_D, most = schedule
+    most = most if ddst else math.inf
     s.ratio_every = s.ratio_every or min(10, most)
     s.ratios_per_decision = s.window // s.ratio_every if ddst else None
     if s.method not in MOVING:
@@ -2612,10 +2710,9 @@ class Run:
                 return torch.stack(x), torch.stack(z_D), z_G
             if "encoder" in nets:
                 return real(step * B), self.noise(step, "noise") if s.model in VAES else None
-            for group in optimizers["net"].param_groups:
-                group["lr"] = s.lr * lr_factor(step, s.steps, **s.schedule)
+            set_rate(optimizers["net"], s.lr * lr_factor(step, s.steps, **s.schedule))
             index = batch_index(len(self.images), step * B, B, s.seed)
-            return real(step * B), self.labels[index].to(s.device)
+            return real(step * B), to_device(self.labels[index], s.device)
 
         def update(draws):
             if "G" in nets:
@@ -2661,12 +2758,16 @@ class Run:
         def evaluate(step):
             return self.measure(self.for_use(nets, ema))
 
+        draw, update = self.halves(nets, optimizers, masks)
+        if s.device != "cpu":
+            torch.backends.cudnn.benchmark = True
+            update = graphed(update) if s.graph else update
         checkpoint = Checkpoint(self.folder, name, s.checkpoint_s)
         how = dict(optimizers=optimizers, start=start, masks=masks, state=state)
         how |= dict(after_step=both, ema=ema, ema_longest=s.ema)
         how |= dict(evaluate=evaluate, eval_every=s.eval_every, checkpoint=checkpoint)
         try:
-            done = train(nets, *self.halves(nets, optimizers, masks), s.steps, **how)
+            done = train(nets, draw, update, s.steps, **how)
         except FloatingPointError as error:
             hint = f"last good checkpoint: {checkpoint.good}. Try a smaller --lr or another --seed"
             raise FloatingPointError(f"{name}: {error}; {hint}") from None

@@ -29,6 +29,7 @@ import torch.nn.utils.prune
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import lottery as L
 
@@ -256,8 +257,63 @@ def bench_slim(batch_size=16):
         print(f"{share:.0%} of dcgan's channels: time {a / b:.2f}, MACs {macs[0] / macs[1]:.2f}")
 
 
+def on_cuda(s, graph, count=300):
+    """(nets, masks, draw, update, optimizers, after_step, state) of a run on CUDA, on shapes."""
+    run = L.Run(s)
+    run.images, run.labels = L.shapes(count, s.image_size)
+    run.images = run.images.cuda()
+    nets, state = run.fresh(), {}
+    masks, optimizers = L.start_masks(s, nets), optimizers_of(nets, s)
+    draw, update = run.halves(nets, optimizers, masks)
+    update = L.graphed(update) if graph else update
+    after = run.dynamics(nets, optimizers, masks, state, 0)
+    return nets, masks, draw, update, optimizers, after, state
+
+
+def kernel_seconds(work):
+    """Seconds that kernels of `work` run on the GPU, by torch.profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+
+
+def bench_gpu(turns=5):
+    if not torch.cuda.is_available():
+        return print("no CUDA device: steps as a graph are not measured")
+    torch.backends.cudnn.benchmark = True
+    print(f"{torch.cuda.get_device_name()}, full width, 32 px: ms a step, kernels busy")
+    for model in ("sngan", "dcgan", "vae", "resnet20"):
+        blocks, of = [], dict(model=model, method="dense", dataset="cifar10", device="cuda")
+        of |= dict(width=1.0, batch_size=L.MODELS[model]["batch_size"])
+        times = 80 if model == "resnet20" else 10
+        for graph, amp in ((False, False), (True, False), (True, True)):
+            _, _, draw, update, *_ = on_cuda(settings(**of, amp=amp), graph, 5000)
+
+            def block(draw=draw, update=update):
+                for step in range(times):
+                    update(draw(step))
+                torch.cuda.synchronize()
+
+            blocks.append(block)
+        seconds = in_turn(turns, *blocks) / times
+        busy = [kernel_seconds(block) / times for block in blocks]
+        names, said = ("eager", "graph", "graph, amp"), []
+        for name, s, b in zip(names, seconds, busy):
+            said.append(f"{name} {1000 * s:.2f} ({s / seconds[0]:.2f}), {b / s:.0%}")
+        print(f"  {model}: {'; '.join(said)}")
+    s = settings(method="sdst", dataset="cifar10", device="cuda", width=1.0, batch_size=64)
+    nets, masks, draw, update, optimizers, *_ = on_cuda(s, False)
+    update(draw(0))
+    count = L.kept(L.of_role(masks, "G")) // 2
+    move = optimizers["G"], masks, count, count, "gradient", L.rng(0, 0, "grow")
+    seconds = in_turn(5, lambda: (L.update_masks_(nets, "G", *move), torch.cuda.synchronize()))
+    print(f"  an update of G's mask: {1000 * float(seconds[0]):.1f} ms")
+
+
 def bench():
     torch.set_num_threads(THREADS)
+    bench_gpu()
     print(f"torch {torch.__version__}, {THREADS} threads")
     bench_start()
     bench_thresholds()
@@ -663,10 +719,40 @@ def test_prunable_are_the_raw_weights_of_convolutions_and_linear_layers_of_any_m
     assert list(L.prunable_parameters(nn.Linear(2, 2))) == ["weight"]
 
 
-@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm])
-def test_layers_whose_raw_weight_is_not_known_are_refused(wrap):
-    with pytest.raises(AttributeError, match="original|weight"):
-        L.prunable_parameters(nn.Sequential(wrap(nn.Linear(2, 2))))
+LAYERS = [
+    ([nn.Conv1d(3, 4, 5), nn.ConvTranspose1d(3, 4, 5)], 60 + 60),
+    ([nn.Conv3d(2, 3, 3), nn.ConvTranspose3d(2, 3, 3)], 162 + 162),
+    ([nn.LSTM(3, 4, bidirectional=True, proj_size=2)], 2 * (48 + 32)),  # weight_hr stays dense
+    ([nn.GRU(3, 4), nn.LSTMCell(3, 4)], 36 + 48 + 48 + 64),
+    ([nn.MultiheadAttention(4, 2, add_bias_kv=True)], 48 + 16),
+    ([nn.MultiheadAttention(4, 2, kdim=3, vdim=5), nn.Embedding(3, 4)], 16 + 12 + 20 + 16),
+    ([nn.utils.parametrizations.spectral_norm(nn.GRU(3, 4), "weight_hh_l0")], 36 + 48),
+]
+
+
+@pytest.mark.parametrize("layers, count", LAYERS)
+def test_a_density_is_of_all_weights_of_every_kind_of_layer(layers, count):
+    net = nn.Sequential(*layers)
+    weights = L.prunable_parameters(net)
+    L.apply_masks_(net, L.random_masks(weights, 0.2, L.rng(0, 0, "t")))
+    assert sum(w.numel() for w in weights.values()) == count
+    assert sum(int(w.count_nonzero()) for w in weights.values()) == round(0.2 * count)
+
+
+PRUNE, NORMS = torch.nn.utils.prune.identity, nn.utils.parametrizations
+COMPUTED = [
+    (PRUNE, nn.Linear(2, 2), "weight"),
+    (PRUNE, nn.MultiheadAttention(2, 1), "in_proj_weight"),
+    (NORMS.orthogonal, nn.LSTM(2, 2), "weight_hh_l0"),
+    (NORMS.weight_norm, nn.Conv1d(2, 2, 1), "weight"),
+    (nn.utils.spectral_norm, nn.Linear(2, 2), "weight"),
+]
+
+
+@pytest.mark.parametrize("compute, layer, name", COMPUTED)
+def test_layers_whose_raw_weight_is_not_known_are_refused(compute, layer, name):
+    with pytest.raises(ValueError, match=rf"^0\.{name} is computed anew [^\n]*$"):
+        L.prunable_parameters(nn.Sequential(compute(layer, name)))
 
 
 def test_masked_spectral_norm_stays_sparse_through_a_forward():
@@ -717,6 +803,8 @@ def test_masks_are_nested_and_exact_over_twenty_rounds_even_when_survivors_score
         assert L.kept(masks) == round(0.8 ** (k + 2) * 500)
         assert all((masks[n] <= before[n]).all() for n in masks)
     assert L.density(masks) == L.kept(masks) / 500 and L.density({}) == 1
+    with pytest.raises(ValueError, match="masks are nested"):  # nothing comes back
+        L.prune_masks(scores, 0.8, masks)
 
 
 def test_scopes_rank_in_pools_of_their_own():
@@ -1051,7 +1139,9 @@ def plain_loop(nets, images, seed=0, lr=2e-4, batch_size=4, n_critic=1, longest=
             real = L.batch(images, (step * n_critic + k) * batch_size, batch_size, seed)
             fake = G(L.latents(batch_size, G.z, seed, step, "latents D", k)).detach()
             opt_D.zero_grad()
-            loss_D = F.relu(1 - D(real)).mean() + F.relu(1 + D(fake)).mean()
+            logits = D(torch.cat([real, fake]))  # spectral norm iterates once
+            loss_D = F.relu(1 - logits[:batch_size]).mean()
+            loss_D = loss_D + F.relu(1 + logits[batch_size:]).mean()
             loss_D.backward()
             opt_D.step()
         D.requires_grad_(False)
@@ -1389,6 +1479,20 @@ def test_scores_of_spectral_norm_are_of_its_settled_vectors():
         )
 
 
+def test_grasp_goes_through_every_kernel_of_attention():
+    torch.manual_seed(0)
+    net, x = nn.Linear(4, 12).double(), torch.randn(2, 1, 3, 4).double()
+
+    def by_hand(q, k, v):
+        return (q @ k.mT / 2).softmax(-1) @ v
+
+    plain, fused = (
+        scored(L.score_grasp, net, lambda k: way(*net(x).chunk(3, -1)).square().mean())
+        for way in (by_hand, F.scaled_dot_product_attention)
+    )
+    assert torch.allclose(plain["weight"], fused["weight"], rtol=1e-9)
+
+
 class Random(nn.Module):
     def __init__(self):
         super().__init__()
@@ -1413,14 +1517,6 @@ def test_scores_of_layers_that_draw_at_random_repeat_and_leave_the_callers_rando
     assert torch.equal(state, torch.get_rng_state()) and same(one, scored(L.score_snip, net, loss))
 
 
-@SCORES
-def test_torchvisions_modules_are_scored_and_pruned_to_the_exact_count(score):
-    net, x = L.import_torchvision().models.resnet18(num_classes=3), torch.randn(2, 3, 32, 32)
-    scores = scored(score, net, lambda k: F.cross_entropy(net(x), torch.tensor([0, 2])))
-    total = sum(s.numel() for s in scores.values())
-    assert len(scores) == 21 and L.kept(L.prune_masks(scores, 0.1)) == round(0.1 * total)
-
-
 def test_a_weight_in_two_layers_has_one_score_of_both_uses():
     net, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), torch.randn(5, 4)
     net[2].weight = net[0].weight
@@ -1428,6 +1524,7 @@ def test_a_weight_in_two_layers_has_one_score_of_both_uses():
     (g,) = torch.autograd.grad(net(x).square().mean(), net[0].weight)
     assert list(scores) == ["0.weight"]
     assert torch.allclose(scores["0.weight"], (net[0].weight * g).abs())
+    assert L.mac_positions(net, x[:1]) == {"0.weight": 2}
 
 
 @SCORES
@@ -1839,7 +1936,7 @@ def test_a_slim_model_computes_what_the_channel_masked_one_does(model, size):
 
 def own_chain():
     first = nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU()
-    second = nn.Conv2d(6, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU()
+    second = nn.Conv2d(6, 5, 3, padding=1), nn.BatchNorm2d(5), nn.PReLU()
     return stirred(nn.Sequential(*first, *second, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(45, 3)))
 
 
@@ -1867,6 +1964,9 @@ NORMED = torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(6, 5, 3))
         (("0", "1", ("3",)), {3: nn.Conv2d(6, 6, 3, groups=2)}, "3 cannot be cut"),
         (("0", "1", ("3",)), {3: NORMED}, "3 cannot be cut"),
         (("0", "1", ("3",)), {3: CONV, 6: CONV}, "3 cannot be cut"),  # a shared weight
+        (("0", "1", ("3",)), {2: nn.PReLU(6)}, "2 cannot be cut"),
+        (("0", "1", ("3",)), {2: nn.Conv2d(6, 6, 1, groups=6)}, "2 cannot be cut"),
+        (("0", "1", ("3",)), {2: nn.GroupNorm(2, 6)}, "2 cannot be cut"),
     ],
 )
 def test_what_is_no_chain_is_refused_by_name(chain, change, words):
@@ -1916,8 +2016,9 @@ def test_channel_masks_are_exact_also_when_all_scales_are_equal():
         assert all(m.any() and m.dtype == torch.bool for m in masks.values())
     with pytest.raises(ValueError, match="share of weights kept"):
         L.channel_masks(net, 1.5, chains)
-    with pytest.raises(ValueError, match="no batch norm"):
-        L.channel_masks(net, 0.5, [])
+    net = nn.Sequential(L.import_torchvision().models.resnet.Bottleneck(8, 2))
+    with pytest.raises(ValueError, match="no batch norm .*Bottleneck"):
+        L.channel_masks(net, 0.5, L.channel_chains(net))
 
 
 def test_an_early_bird_needs_five_masks_that_are_all_near_the_newest():
@@ -2120,11 +2221,13 @@ def test_intervals_of_rigl_and_of_gans_scale_with_the_run():
 
     assert [every(steps=n) for n in (62_560, 40_000, 3000, 10)] == [100, 66, 20, 20]
     assert [every(steps=3000, update_every=n) for n in (7, 0)] == [7, 0]
-    assert L.gan_schedule(100_000) == (500, 1000, 1000, 1000)
-    assert L.gan_schedule(100_000, None, True) == (500, 2000, 1000, 2000)
+    assert L.gan_schedule(100_000) == (500, 1000, 1000, 1000, 10)
+    assert L.gan_schedule(100_000, None, True) == (500, 2000, 1000, 2000, 10)
     assert L.gan_schedule(19_999)[3] == 1000 and L.gan_schedule(20_000)[3] == 200
-    assert L.gan_schedule(1500) == (20, 40, 40, 75) and L.gan_schedule(1500, 0) == (0, 40, 40, 75)
-    assert [L.ratio_interval(window) for window in (1000, 100, 40, 39, 6)] == [10, 5, 2, 1, 1]
+    assert L.gan_schedule(1500) == (20, 40, 40, 75, 2)
+    assert L.gan_schedule(1500, 0) == (0, 40, 40, 75, 2)
+    ratios = [L.gan_schedule(2000, every)[4] for every in (500, 50, 20, 19, 3)]
+    assert ratios == [10, 5, 2, 1, 1]
 
 
 def test_the_share_exchanged_falls_by_a_cosine_from_a_half_to_a_two_hundredth():
@@ -2606,13 +2709,14 @@ def test_a_distance_is_named_after_its_features_and_its_count():
     images, network = L.shapes(1000)[0], L.RandomFeatures()
     for features, n, name in (("random", 640, "FD-random-640"), ("inception", 1000, "FID-1k")):
         found = L.distance_reference(images, images, network, features, n)
-        assert found.columns["metric_name"] == name and found.count == len(found.features) == n
-        assert found.columns["reference"] == f"{n} held-out" and abs(found.columns["floor"]) < 1e-6
+        assert found["columns"]["metric_name"] == name and found["count"] == len(found["real"]) == n
+        assert found["columns"]["reference"] == f"{n} held-out"
+        assert abs(found["columns"]["floor"]) < 1e-6
     assert L.distance_reference(images, images[:639], network, "random", 2000) is None
     found = L.distance_reference(images, images[:100], network, "random", 5000, "train")
-    assert (found.count, len(found.features)) == (5000, 1000) and found.columns["floor"] > 0
+    assert (found["count"], len(found["real"])) == (5000, 1000) and found["columns"]["floor"] > 0
     said = {"metric_name": "FD-random-5k", "reference": "1000 train", "floor_images": 100}
-    assert said.items() <= found.columns.items()
+    assert said.items() <= found["columns"].items()
 
 
 class Stub(nn.Module):
@@ -2734,6 +2838,22 @@ def test_the_generator_for_use_has_statistics_of_its_own_weights_and_leaves_the_
     assert nets["G"].training
 
 
+@pytest.mark.parametrize("middle", [nn.BatchNorm1d(8), nn.Tanh()])
+def test_the_generator_for_use_has_settled_norms_of_any_kind(middle):
+    torch.manual_seed(0)
+    norm = NORMS.spectral_norm
+    G = nn.Sequential(norm(nn.Linear(6, 8)), middle, norm(nn.Linear(8, 4)))
+    G.z, average = 6, copy.deepcopy(G)
+    for p in average.parameters():
+        nn.init.normal_(p)
+    use = L.generator_for_use(G, average)
+    norms = [float(torch.linalg.matrix_norm(use[i].weight.detach(), 2)) for i in (0, 2)]
+    assert norms == pytest.approx([1, 1], abs=1e-3)
+    if isinstance(middle, nn.BatchNorm1d):
+        parts = [use[0](L.latents(64, 6, 0, 0, "batch norm", k)).var(0) for k in range(20)]
+        assert torch.allclose(use[1].running_var, torch.stack(parts).mean(0), rtol=1e-4)
+
+
 def of_the_paper():
     """(nets, positions, sizes) of the paper's SNGAN at 32 x 32."""
     nets = L.build("sngan", 32)
@@ -2745,6 +2865,8 @@ def test_macs_by_hand_and_of_the_papers_generator():
     model = nn.Sequential(*convs, nn.Flatten(), nn.Linear(4 * 8 * 8, 5))
     by_hand = {"0.weight": 16, "1.weight": 16, "3.weight": 1}
     assert L.mac_positions(model, torch.zeros(1, 3, 8, 8)) == by_hand
+    with pytest.raises(ValueError, match="in_proj_weight: MACs"):  # more queries than keys
+        L.mac_positions(nn.MultiheadAttention(4, 1), torch.zeros(3, 4), *torch.zeros(2, 2, 4))
     nets, positions, sizes = of_the_paper()
     assert sum(positions[n] * sizes[n] for n in sizes if n[0] == "G") == 1_681_129_472
     shapes = {f"G.{n}": tuple(w.shape) for n, w in L.prunable_parameters(nets["G"]).items()}
@@ -2752,6 +2874,53 @@ def test_macs_by_hand_and_of_the_papers_generator():
         erk = L.erk_densities(shapes, density)
         macs = sum(positions[n] * sizes[n] * share for n, share in erk.items())
         assert macs / 1_681_129_472 == pytest.approx(ratio, abs=1e-6)
+
+
+X = torch.zeros(1, 7, 8)
+POSITIONS = [
+    (nn.Linear(3, 4), [torch.zeros(1, 5, 6, 3)], [30]),
+    (nn.ConvTranspose1d(7, 4, 3), [X], [8]),
+    (nn.LSTM(8, 5, bidirectional=True), [X[0], (torch.zeros(2, 5),) * 2], [7] * 4),
+    (nn.MultiheadAttention(8, 2), [X[0]] * 3, [7, 7]),
+    (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), [X], [7] * 4),
+]
+
+
+@pytest.mark.parametrize("model, inputs, wanted", POSITIONS)
+def test_every_weight_works_at_every_position_of_a_sequence(model, inputs, wanted):
+    assert [*L.mac_positions(model, *inputs).values()] == wanted
+
+
+GIVEN = dict(resnet18=(), mobilenet_v2=(), densenet121=(), VisionTransformer=(32, 8, 2, 2, 64, 128))
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+def test_networks_of_other_kinds_are_scored_grown_and_counted_exactly(kind):
+    torch.manual_seed(0)
+    net = getattr(L.import_torchvision().models, kind)(*GIVEN[kind], num_classes=4)
+    nets, x = nn.ModuleDict({"net": net}), torch.randn(2, 3, 32, 32)
+    weights = L.prunable_parameters(nets)
+    for w in weights.values():
+        w.data += 0.01 * torch.randn_like(w)  # the transformer's last layer starts at 0
+
+    def loss(k=0):
+        return F.cross_entropy(net(x), torch.tensor([0, 2]))
+
+    for score in (L.score_snip, L.score_grasp):
+        scores = scored(score, nets, loss)
+        assert all(s.isfinite().all() and s.any() for s in scores.values())
+    with FlopCounterMode(display=False) as flops:
+        net.eval()(x[:1])
+    parts, aten = flops.get_flop_counts()["Global"], torch.ops.aten
+    positions = L.mac_positions(net, x[:1])  # addmm: without queries x keys
+    macs = sum(positions[n.removeprefix("net.")] * w.numel() for n, w in weights.items())
+    assert 2 * macs == parts[aten.convolution] + parts[aten.addmm]
+    masks = L.prune_masks(scores, 0.2, keep_best=True)
+    L.apply_masks_(nets, masks)
+    loss().backward()
+    sgd = torch.optim.SGD(net.parameters(), 0.1, 0.9)
+    assert L.update_masks_(nets, "net", sgd, masks, 500, 500, "gradient", None)
+    assert L.kept(masks) == round(0.2 * sum(w.numel() for w in weights.values()))
 
 
 def test_training_macs_reproduce_the_published_totals():
@@ -3663,12 +3832,13 @@ def test_a_run_that_ends_at_any_renaming_goes_on_to_the_same_bits(empty):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("method, model", [("ddst", "sngan"), ("sdst", "vae"), ("imp", "resnet14")])
 def test_on_cuda_a_run_ends_continues_and_starts_with_the_losses_of_a_cpu(
-    empty, few, method, model
+    empty, few, monkeypatch, method, model
 ):
     flags = (
         f"--method {method} --model {model} --width .06 --batch-size 8 --steps 12 --eval-every 12"
     )
     flags += " --rounds 1" if method == "imp" else ""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     first = {}
     for device in ("cuda", "cpu"):
         run(flags, f"--device {device} --out {device}")
@@ -3679,6 +3849,71 @@ def test_on_cuda_a_run_ends_continues_and_starts_with_the_losses_of_a_cpu(
     assert math.isfinite(run(flags, "--amp --device cuda --out amp")["value"])
     (empty / "cuda/summary.json").unlink()
     run(flags, "--device cuda --out cuda")  # from the finished training
+
+
+CUDA_RUNS = {
+    "ddst": dict(model="sngan", density_D=0.4, update_every=4, width=0.1, batch_size=8),
+    "sdst": dict(model="vae", update_every=4, width=0.2, batch_size=16),
+    "dense": dict(model="resnet20", width=0.5, batch_size=16),  # its rate falls twice
+}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", CUDA_RUNS)
+def test_on_cuda_a_graph_trains_as_plain_steps_do_and_goes_on_after_a_kill(
+    tmp_path, monkeypatch, method
+):
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    for flags, name, value in (
+        (cudnn, "benchmark", False),
+        (cudnn, "deterministic", True),
+        (cudnn, "allow_tf32", False),
+        (matmul, "allow_tf32", False),
+    ):
+        monkeypatch.setattr(flags, name, value)
+    s = settings(method=method, steps=30, device="cuda", **CUDA_RUNS[method])
+
+    def run(graph, folder=None, end=None):
+        nets, masks, draw, update, optimizers, move, state = on_cuda(s, graph)
+
+        def after(step, out):
+            move(step, out)
+            if step == end:
+                raise InterruptedError
+
+        how = dict(optimizers=optimizers, masks=masks, after_step=after, state=state)
+        checkpoint = folder and L.Checkpoint(folder, "a", 0.0)
+        try:
+            L.train(nets, draw, update, 30, **how, checkpoint=checkpoint)
+        except InterruptedError:
+            pass
+        return copied(nets), masks, state
+
+    plain, graph = run(False), run(True)
+    run(True, tmp_path, 17)  # its last checkpoint is of step 16
+    again = run(True, tmp_path)
+    for name, other in (("graph", graph), ("continued", again)):
+        far = max(float((plain[0][n].double() - other[0][n].double()).abs().max()) for n in plain[0])
+        print(f"{method}, {name}: largest difference to plain steps {far:.3g}")
+        assert L.counts_of(plain[1]) == L.counts_of(other[1])
+        assert far < 1e-2 or far == 0
+    assert same(graph[0], again[0]) and same(graph[1], again[1])
+    if method == "ddst":
+        assert len(plain[2]["history"]) > 3 and plain[2]["history"][0] != plain[2]["history"][-1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_a_step_that_cannot_be_captured_says_so_and_trains_without(capsys):
+    weight = torch.zeros(1, device="cuda")
+
+    def update(draws):
+        weight.add_(draws[0].sum().item())  # waits for a value
+        return {"losses": {"net": weight.clone()}}
+
+    step = L.graphed(update)
+    for k in range(6):
+        step((torch.ones(2, device="cuda"), None))
+    assert weight.item() == 12 and "no CUDA graph" in capsys.readouterr().out
 
 
 def test_the_commands_and_snippets_of_readme_are_real(empty, capsys):
@@ -3694,6 +3929,7 @@ def test_the_commands_and_snippets_of_readme_are_real(empty, capsys):
     run(*TINY, "--steps 2 --out runs/ddst-sngan-shapes-0")
     snippets = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len(snippets) >= 6
+    assert all("keep_best=True" in call for call in re.findall(r"prune_masks\(.*", text))
     for snippet in snippets:
         capsys.readouterr()
         exec(snippet, {})
