@@ -22,7 +22,7 @@ Papers   Kalibhat et al., Winning Lottery Tickets in Deep Generative Models, AAA
          Lee et al., SNIP, 1810.02340; Wang, Zhang & Grosse, GraSP, 2002.07376
 """
 import argparse, collections, concurrent.futures, contextlib, copy, csv, functools, hashlib, io
-import itertools, json, math, os, re, sys, textwrap, time, types
+import itertools, json, math, os, re, signal, sys, textwrap, time, types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -174,13 +174,19 @@ def decode_folder(folder, size, grey=False):
     return torch.from_numpy(images)
 
 def write_atomically(path, write):
-    """`write(file)` under a temporary name, then renamed: no reader ever sees a part of a file."""
+    """`write(file)` under a temporary name, then renamed: no reader ever sees a part of a file.
+    An error leaves nothing that would keep a full disk full."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # the second is torch.save's
+        raise OSError(f"cannot write {path}: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 def load_images(name, root="data", size=None, train=True, labelled=False, grey=False):
     """uint8 images (N, C, size, size) and int64 labels (N,) of the training or held-out part.
@@ -1099,7 +1105,7 @@ def train(
             shown, step_s = now, (now - began) / (step - first)
             log = out["losses"] | state.get("log", {})
             print(progress_line(step, steps, log, step_s), flush=True)
-        if checkpoint and (end or now - checkpoint.written >= checkpoint.every_s):
+        if checkpoint and (end or checkpoint.due()):
             check_finite(nets.named_parameters(), step)
             checkpoint.save(step, rows, recent, seconds, end)
     return Trained(step, rows, earlier + time.perf_counter() - began)
@@ -1108,23 +1114,37 @@ def save_torch(path, content):
     """torch.save, atomically; tensors and plain values only, so that load_torch can read it."""
     write_atomically(path, lambda file: torch.save(content, file))
 
-def load_torch(path, device="cpu"):
-    """Read a file of tensors and plain values. weights_only: a file that holds pickled code is
-    refused, not run. ValueError with the file's name for anything but a whole file of ours."""
+@contextlib.contextmanager
+def reading(path):
+    """Whatever a damaged or foreign file leads to becomes a ValueError, one line with its name."""
     try:
+        yield
+    except Exception as error:  # zip, pickle, json and torch each have their own
+        what = " ".join(repr(error).split())[:200]
+        raise ValueError(f"cannot read {path} ({what}); restore a copy or name another") from None
+
+def load_torch(path, device="cpu"):
+    """Read a file of ours: tensors and plain values. weights_only: a file that holds pickled code
+    is refused, not run."""
+    with reading(path):
         content = torch.load(path, map_location=device, weights_only=True)
         if content.get("format") != 1:
             raise ValueError("not of format 1")
         return content
-    except Exception as error:  # zip, pickle and torch each have their own
-        raise ValueError(f"cannot read {path} ({error!r:.120}); restore a copy") from None
+
+def check_shapes(tensors, wanted):
+    """ValueError unless each of {name: tensor} has the shape of the wanted one of its name and
+    real, finite numbers of its own: expanded from few, a copy of them would fill the memory."""
+    for name, tensor in tensors.items():
+        stored = tensor.untyped_storage().nbytes()  # fails for a sparse one
+        fits = tensor.shape == wanted[str(name)].shape and tensor.nbytes <= stored
+        if not fits or tensor.is_complex() or not tensor.isfinite().all():
+            raise ValueError(f"{name} {[*tensor.shape]} has another shape, or it is not finite")
 
 def read_json(path):
     """The dict in a JSON file; ValueError with its name when it is missing or damaged."""
-    try:
+    with reading(path):
         return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError, OSError) as error:
-        raise ValueError(f"cannot read {path} ({error!r:.120}); name another folder") from None
 
 def write_text(path, text):
     """A text file, atomically."""
@@ -1145,6 +1165,8 @@ def locked(folder):
 class Checkpoint:
     """What a run folder keeps of the training `name`: last.pt while it runs, done-NAME.pt when it
     has ended, metrics-NAME.csv. `every_s`: seconds between checkpoints; it changes no weight."""
+    stop = None  # of the process: a signal that asks a training to end, or 0; None: none runs
+
     def __init__(self, folder, name, every_s=120.0):
         self.name, self.every_s = name, every_s
         self.last, self.done = folder / "last.pt", folder / f"done-{name}.pt"
@@ -1155,19 +1177,25 @@ class Checkpoint:
         """Copy the checkpoint into these; its (step, rows, recent, seconds, finished), or None."""
         self.parts = nets, ema, masks, optimizers, state
         path = self.done if self.done.exists() else self.last
+        Checkpoint.stop = None if self.done.exists() else 0
         if not path.exists():
             return None
         saved = load_torch(path, next(nets.parameters()).device)
         if saved.get("name") != self.name:  # last.pt of another training
             return None
-        nets.load_state_dict(saved["weights"])
-        ema.load_state_dict(saved["ema"])
-        for name, mask in masks.items():
-            mask.copy_(saved["masks"][name])
-        for role, saved_state in saved.get("optimizers", {}).items():
-            groups = optimizers[role].state_dict()["param_groups"]  # of this device
-            optimizers[role].load_state_dict(saved_state | {"param_groups": groups})
-        state.update(saved["state"])
+        with reading(path):
+            nets.load_state_dict(saved["weights"])
+            ema.load_state_dict(saved["ema"])
+            check_shapes(masks, saved["masks"])
+            for name, mask in masks.items():
+                mask.copy_(saved["masks"][name])
+            for role, moments in saved.get("optimizers", {}).items():
+                groups = optimizers[role].state_dict()["param_groups"]  # of this device
+                optimizers[role].load_state_dict(moments | {"param_groups": groups})
+                for p, values in optimizers[role].state.items():
+                    sized = {n: v for n, v in values.items() if n != "step"}
+                    check_shapes(sized, dict.fromkeys(sized, p))
+            state.update(saved["state"])
         self.good = f"{path} (step {saved['step']})"
         if not saved["finished"]:
             print(f"{self.name}: continuing from step {saved['step']:,}", flush=True)
@@ -1185,13 +1213,21 @@ class Checkpoint:
         content |= {"seconds": seconds, "finished": finished, "state": state}
         content |= {"weights": nets.state_dict(), "ema": ema.state_dict()}
         content["masks"] = {name: mask.bool() for name, mask in masks.items()}
+        path = self.done if finished else self.last
+        if not finished:
+            content["optimizers"] = {role: o.state_dict() for role, o in optimizers.items()}
+        save_torch(path, content)
+        self.written, self.good = time.perf_counter(), f"{path} (step {step})"
+        if self.stop:
+            text = f"stopped; the same command goes on from {self.good}"
+            raise KeyboardInterrupt(self.stop, text)
         if finished:
-            save_torch(self.done, content)
+            Checkpoint.stop = None
             self.last.unlink(missing_ok=True)
-            return
-        content["optimizers"] = {role: o.state_dict() for role, o in optimizers.items()}
-        save_torch(self.last, content)
-        self.written, self.good = time.perf_counter(), f"{self.last} (step {step})"
+
+    def due(self):
+        """Is it time to save? A signal does not wait for the interval."""
+        return self.stop or time.perf_counter() - self.written >= self.every_s
 
 # ==================================================================================================
 # 6. SCORES: how much each weight matters, early in training. {name: tensor shaped like the
@@ -1425,12 +1461,12 @@ def save_ticket(path, theta, masks, settings, number, metrics):
 def load_ticket(path, device="cpu"):
     """The dict of a ticket file, masks as float; runs no code. ValueError when it is damaged."""
     ticket = load_torch(path, device)
-    try:
-        masks = {n: m.float() for n, m in ticket["masks"].items()}
-        names = "settings theta round density metrics".split()
-        return {n: ticket[n] for n in names} | {"masks": masks}
-    except (KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no ticket: {error!r:.120}") from None
+    with reading(path):
+        check_shapes(ticket["theta"], ticket["theta"])
+        check_shapes(ticket["masks"], ticket["theta"])
+        ticket["masks"] = {n: m.float() for n, m in ticket["masks"].items()}
+        ticket["settings"] = dict(ticket["settings"])
+        return {n: ticket[n] for n in "settings theta masks round density metrics".split()}
 
 def transfer_ticket(theta, masks, target, roles=None):
     """A ticket into another model: decoder <-> generator, encoder <-> discriminator. Kalibhat 2021.
@@ -1623,10 +1659,11 @@ def load_model(path, device="cpu"):
     """(networks, saved) from a model.pt: nn.ModuleDict in eval mode, masked, a GAN's G with its
     averaged weights; the file's dict of settings, masks and metrics. Runs no code from the file."""
     saved = load_torch(path, device)
-    try:
+    with reading(path):
         s, weights = saved["settings"], saved["weights"]
         size = s["image_size"], s["channels"], s["width"], s.get("z")
-        nets = build(s["model"], *size, classes=s["classes"])
+        with torch.device("meta"):  # nothing is allocated before all shapes are compared
+            nets = build(s["model"], *size, classes=s["classes"])
         masks, chains = {}, channel_chains(nets)
         for chain in chains:  # of an early bird: as many channels as the file has
             name = f"{chain.norm}.weight"
@@ -1634,11 +1671,12 @@ def load_model(path, device="cpu"):
             masks[chain.conv] = channels < len(weights[name])
         if any(not mask.all() for mask in masks.values()):
             nets = slim(nets, masks, chains)
-        nets.to(device).load_state_dict(weights)
+        empty = nets.state_dict()
+        check_shapes({name: weights[name] for name in empty}, empty)
+        check_shapes(saved["masks"], empty)
+        nets.to_empty(device=device).load_state_dict(weights)
         masks = {n: m.float() for n, m in saved["masks"].items()}
         apply_masks_(nets, masks)
-    except (KeyError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{path} is no model.pt: {error!r:.120}") from None
     return nets.eval(), saved
 
 # ==================================================================================================
@@ -2093,13 +2131,11 @@ def feature_network(name, weights=None):
     """The feature network "random" or "inception", of a file or torch.hub's download."""
     if name == "random":
         return RandomFeatures()
-    try:
+    with reading(f"--inception-weights {weights or FID_WEIGHTS}"):
         if weights:
             return InceptionFeatures(torch.load(weights, "cpu", weights_only=True))
         download = torch.hub.load_state_dict_from_url
         return InceptionFeatures(download(FID_WEIGHTS, check_hash=True, weights_only=True))
-    except Exception as error:  # url, zip, pickle, state dict
-        raise ValueError(f"--inception-weights {weights or FID_WEIGHTS}: {error!r:.120}") from None
 
 @torch.no_grad()
 def extract(images, network, size=100):
@@ -2436,10 +2472,13 @@ def parse(argv):
 def check(settings):
     """ValueError unless each value, of a flag or a file, may stand in its row of SETTINGS."""
     for name, value in settings.items():
-        row = SETTINGS[name]
+        row = SETTINGS.get(name)
+        if row is None or value is None:
+            continue
         kinds = (int, float) if row.type is float else row.type
-        for item in value if row.nargs else [value]:
+        for item in value if row.nargs and isinstance(value, list) else [value]:
             fits = isinstance(item, kinds) and item != ""
+            fits = fits and isinstance(item, bool) == (row.type is bool)
             if fits and isinstance(row.takes, str):
                 low, high = map(float, row.takes[1:-1].split(","))
                 ends = {low: row.takes[0] == "[", high: row.takes[-1] == "]"}
@@ -2493,6 +2532,7 @@ def derive(s, given):
     gan, ddst = s.model in GANS, s.method == "ddst"
     s.prune = s.prune or s.roles
     s.channels = 1 if s.grey else s.channels
+    s.lr = min(s.lr, torch.finfo(torch.float32).max)  # above it torch does not even diverge
     at_end = s.method == "imp" or s.features == "inception"
     s.eval_every = s.eval_every or (s.steps if at_end else max(1, s.steps // 10))
     if s.method == "imp":
@@ -2556,7 +2596,7 @@ def ticket_settings(given, method):
         names += "model ema n_critic beta".split()
     ours = {n: theirs[n] for n in names if theirs.get(n) is not None}
     if method == "elastic":
-        ours["model"] = "resnet34" if theirs["model"] in STAGES else "resnet32"
+        ours["model"] = "resnet34" if theirs.get("model") in [*STAGES] else "resnet32"
     check(ours)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return ours | {"ticket_sha256": digest, "ticket_file": str(path)}
@@ -2590,7 +2630,8 @@ def check_folder(folder, s):
     differ = [n for n in names if theirs.get(n) != ours[n]]
     both = [f"{n} {theirs.get(n)} there, {ours[n]} here" for n in differ]
     if differ:
-        raise ValueError(f"--out {folder} holds another run: {'; '.join(both)}")
+        what = f"another run of {s.dataset}: {'; '.join(both)}"
+        raise ValueError(f"--out {folder} holds {what}")
 
 class Run:
     """A run of the command line: settings, data, networks and folder. Images are uint8 (N, C, S, S)
@@ -2810,7 +2851,7 @@ def open_ticket(s, nets):
     """Load a ticket's theta into `nets`, return its masks; ValueError if it does not fit."""
     ticket, target = load_ticket(s.ticket_file, s.device), nets.state_dict()
     theta, masks, fresh = ticket["theta"], ticket["masks"], []
-    print(f"  ticket of a {ticket['settings']['model']}: {ticket['metrics']}")
+    print(f"  ticket of a {ticket['settings'].get('model')}: {ticket['metrics']}")
     if s.method == "transfer":
         theta, masks, received = transfer_ticket(theta, masks, target, s.prune)
         fresh = [n for n in target if n not in received]
@@ -2820,10 +2861,9 @@ def open_ticket(s, nets):
         theta, masks, fresh = elastic_ticket(theta, masks, target, maps)
         print(f"  source blocks, by stage: {maps}; kept: {density(masks):.2%}")
     print(f"  fresh and dense: {', '.join(fresh) or 'none'}")
-    try:
+    with reading(f"--ticket {s.ticket_file} into {s.model}"):
         nets.load_state_dict(theta)
-    except RuntimeError as error:
-        raise ValueError(f"--ticket does not fit: {error!r:.300}") from None
+        apply_masks_(copy.deepcopy(nets), masks)  # it fits; theta stays dense
     return masks
 
 def run_masked(run):
@@ -2992,6 +3032,7 @@ def run_evaluate(given):
     folder, device = given["evaluate"], pick_device(given.get("device"))
     nets, saved = load_model(Path(folder) / "model.pt", device)
     check_read(given, None, saved["settings"]["model"])
+    check(saved["settings"])
     s = DEFAULTS | saved["settings"] | given | {"device": device, "out": folder}
     run = Run(types.SimpleNamespace(**s))
     run.load()
@@ -3029,24 +3070,49 @@ def run_method(given):
     print(f"model, metrics and pictures are in {folder}")
     run_table([folder])
 
-def main(argv=None):
-    """The command line; returns the exit code: 0, 2 for bad input, 1 for a diverged training."""
+@contextlib.contextmanager
+def catching_signals():
+    """Ctrl-C and SIGTERM let a training that runs write a checkpoint and end. Elsewhere, and with
+    the second Ctrl-C, the process ends at once."""
+    def receive(number, frame):
+        again = number == signal.SIGINT and Checkpoint.stop
+        if again or Checkpoint.stop is None:
+            raise KeyboardInterrupt(number, "stopped at once; only what was saved before stays")
+        Checkpoint.stop = number
+
+    Checkpoint.stop, before = None, {}
     try:
-        given = parse(argv)
-        if given.keys() == {"table"}:
-            run_table(given["table"])
-        elif "evaluate" in given:
-            run_evaluate(given)
-        else:
-            run_method(given)
+        with contextlib.suppress(ValueError):  # only the main thread may
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, receive)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+def main(argv=None):
+    """The command line; returns the exit code: 0, 2 for bad input, 1 for a diverged training, 130
+    or 143 after a signal."""
+    if hasattr(sys.stdout, "reconfigure"):  # "?" for a letter that it does not have
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        with catching_signals():
+            given = parse(argv)
+            if given.keys() == {"table"}:
+                run_table(given["table"])
+            elif "evaluate" in given:
+                run_evaluate(given)
+            else:
+                run_method(given)
         return 0
     except (ValueError, OSError, FloatingPointError) as error:
         last = str(error).strip().splitlines()[-1]  # of a decoder: its own error
         print(f"lottery.py: {last}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
-    except KeyboardInterrupt:
-        print("lottery.py: stopped; the same command goes on", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        number, text = error.args
+        print(f"lottery.py: {text}", file=sys.stderr)
+        return 128 + number
 
 if __name__ == "__main__":
     sys.exit(main())

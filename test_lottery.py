@@ -7,12 +7,14 @@ test: it prints the ratios that README quotes (make bench).
 
 import copy
 import csv
+import io
 import json
 import math
 import multiprocessing
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -500,15 +502,80 @@ def test_streamed_images_are_torchvisions_own_transforms_of_each_image(tmp_path)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_that_cannot_be_read_is_named_when_its_turn_comes(tmp_path, workers):
+@pytest.mark.parametrize("damage", ["cut", "tiff", "exif"])
+def test_a_file_that_cannot_be_read_is_named_and_the_next_of_its_class_is_shown(
+    tmp_path, capfd, workers, damage
+):
+    from PIL import Image
+
     damaged = imagenet_like(tmp_path) / "train" / "dog" / "3.jpg"
-    damaged.write_bytes(damaged.read_bytes()[:200])
+    if damage == "exif":  # to be turned; its ResolutionUnit, a number, is a text
+        entries = struct.pack("<HHIHH HHI4s I", 274, 3, 1, 6, 0, 296, 2, 2, b"x", 0)
+        exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries
+        Image.open(damaged.with_name("4.jpg")).save(damaged, exif=exif)
+    else:
+        data = damaged.read_bytes()[:200]
+        damaged.write_bytes(data if damage == "cut" else b"II*\0\x08\0\0\0" + data)
     stream = L.ImageStream(tmp_path / "train", 16, workers)
-    with pytest.raises(ValueError, match="cannot read .*dog/3.jpg"):
-        for k in range(6):
-            stream.batch(4 * k, 4, seed=0)
-    with pytest.raises(ValueError, match="cannot read"):
-        list(stream.split(5))
+    whole = torch.cat(list(stream.split(5)))
+    assert torch.equal(whole[11], whole[12]) and "dog/3.jpg" in capfd.readouterr().err
+
+
+def levels(kind):
+    """A ramp of 64 levels over the whole range of a kind of file, 64 x 64."""
+    from PIL import Image
+
+    ramp = np.tile(np.arange(64), (64, 1))
+    if kind == "float":
+        return Image.fromarray((ramp / 63).astype(np.float32))
+    return Image.fromarray((ramp * 65535 // 63).astype({"16": np.uint16, "32": np.int32}[kind]))
+
+
+def both_readers(folder, size=64, grey=False):
+    """A picture of a/b/ as a folder of images and as a folder of classes read it."""
+    stream = L.ImageStream(folder, size, flip=False, grey=grey)
+    L.decode_folder.cache_clear()
+    tensor = L.import_torchvision().transforms.functional.pil_to_tensor
+    return L.decode_folder(folder, size, grey)[0], tensor(stream.read(0))
+
+
+@pytest.mark.parametrize("kind", ["16", "32", "float", "hidden", "rotated", "grey"])
+def test_every_kind_of_picture_is_read_alike_by_both_readers(tmp_path, kind):
+    from PIL import Image
+
+    (tmp_path / "a").mkdir()
+    grey, half = kind == "grey", np.full((64, 64, 4), 200, np.uint8)
+    half[:32, :, 3], half[32:, :, 3] = 0, 255
+    if kind in ("16", "32", "float"):
+        levels(kind).save(tmp_path / "a" / ("x.png" if kind == "16" else "x.tif"))
+    elif kind == "rotated":
+        exif = Image.Exif()
+        exif[274] = 6  # its left side is up
+        half[:, 32:, :3] = 0
+        Image.fromarray(half[..., :3]).save(tmp_path / "a" / "x.jpg", exif=exif, quality=95)
+    else:
+        Image.fromarray(half).save(tmp_path / "a" / "x.png")
+    for image in both_readers(tmp_path, grey=grey):
+        assert len(image) == (1 if grey else 3)
+        if kind in ("16", "32", "float"):
+            assert len(image.unique()) == 64 and (image.min(), image.max()) == (0, 255)
+        dark, bright = (image[:, 34:], image[:, :30]) if kind == "rotated" else (image[:, :32], image[:, 32:])
+        assert kind in ("16", "32", "float") or (dark.max() < 9 and bright.min() > 190)
+
+
+def test_without_flip_nothing_is_mirrored(tmp_path):
+    from PIL import Image
+
+    (tmp_path / "a").mkdir()
+    half = np.zeros((64, 64, 3), np.uint8)
+    half[:, 40:] = 255
+    Image.fromarray(half).save(tmp_path / "a" / "x.png")
+    leans = {}
+    for flip in (False, True):
+        images = L.ImageStream(tmp_path, 16, flip=flip).batch(0, 40, 0).float()
+        leans[flip] = (images[..., 0] > images[..., -1]).any()
+        real = L.batch(L.decode_folder(tmp_path, 16), 0, 40, 0, flip)
+        assert leans[flip] == (real[..., 0] > real[..., -1]).any() == flip
 
 
 def test_class_names_are_the_folders_and_must_be_the_same_two_at_least_in_both_parts(tmp_path):
@@ -1207,11 +1274,13 @@ def test_writing_is_atomic(tmp_path):
 
     def fails(file):
         file.write(b"half of the n")
-        raise OSError("disk full")
+        raise error
 
-    with pytest.raises(OSError):
-        L.write_atomically(path, fails)
-    assert path.read_text() == "old"
+    for error in (OSError(28, "No space left"), RuntimeError("zip"), KeyboardInterrupt()):
+        with pytest.raises(type(error) if type(error) is KeyboardInterrupt else OSError) as raised:
+            L.write_atomically(path, fails)
+        assert type(error) is KeyboardInterrupt or str(path) in str(raised.value)
+        assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x"]
     L.write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["x"]
 
@@ -1732,7 +1801,7 @@ def test_a_ticket_file_reads_back_and_holds_the_dense_weights_and_bool_masks(emp
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda c: c.pop("round"), "t.pt is no ticket"),
+        (lambda c: c.pop("round"), "cannot read t.pt.*round"),
         (lambda c: c.pop("format"), "t.pt.*format 1"),
         (lambda c: c.update(code=print), "cannot read t.pt"),
     ],
@@ -3444,6 +3513,187 @@ def test_files_with_the_settings_of_the_first_format_are_read(empty, few):
     assert same(L.load_model("r/model.pt")[0].state_dict(), before)
 
 
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_training_with_a_checkpoint_and_one_true_line(
+    empty, capsys, monkeypatch, number, code
+):
+    argv, step, sent = [*TINY, *"--steps 9 --out r".split()], L.gan_step, []
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+
+    def stopped(*args):
+        sent.append(os.kill(os.getpid(), number))
+        if len(sent) == twice:  # a second Ctrl-C, in the same step
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*args)
+
+    for twice, words in ((1, "at once; only what"), (0, "goes on from r/last.pt (step 1)")):
+        sent.clear()
+        monkeypatch.setattr(L, "gan_step", stopped)
+        assert L.main(argv) == (code if words[0] == "g" else 130)
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and words in err
+        assert Path("r/last.pt").exists() == (words[0] == "g")
+    monkeypatch.setattr(L, "load_images", lambda *a, **k: os.kill(os.getpid(), number))
+    assert L.main(argv) == code and "at once" in capsys.readouterr().err  # nothing trains yet
+    monkeypatch.undo()
+    os.chdir(empty)
+    run(*argv)
+    assert "continuing from step 1" in capsys.readouterr().out
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_a_full_disk_is_one_line_and_the_earlier_checkpoint_stays(empty, capsys, monkeypatch):
+    argv, save, count = [*TINY, *"--steps 5 --checkpoint-s 0 --out r".split()], torch.save, []
+
+    def full(content, file):
+        count.append(file.write(b"half") if len(count) == 2 else 0)
+        if len(count) == 3:
+            raise OSError(28, "No space left on device")
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    assert L.main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "r/last.pt" in err and "No space" in err
+    assert read("r/last.pt")["step"] == 2 and not list(Path("r").glob(".*.tmp"))
+
+
+DAMAGES = {  # of each tensor of the part, of the part, or of the settings
+    "expanded": lambda v: torch.zeros(1).expand(2**20, 2**16),
+    "sparse": lambda v: v.to_sparse(),
+    "complex": lambda v: v.to(torch.cfloat),
+    "nan": lambda v: v * math.nan,
+    "shape": lambda v: v[None],
+    "numbers": lambda v: 3,
+    "a tensor": torch.zeros(3),
+    "no settings": [1],
+    "z": {"z": 2**40},
+    "batch": {"batch_size": 16.0},
+    "model": {"model": ["vae"]},
+    "data": {"dataset": [3]},
+    "rewind": {"rewind_step": 2.5},
+    "prune": {"prune": 3},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_tickets_models_and_checkpoints_that_are_damaged_are_one_line(empty, few, capsys, damage):
+    imp = [*TINY, *"--method imp --model vae --steps 2 --rounds 1 --out r".split()]
+    run(*imp)
+    (empty / "r/summary.json").unlink()
+    ticket = "--method ticket --ticket r/ticket-01.pt --device cpu".split()
+    cases = [("ticket-01.pt", "theta", ticket), ("ticket-01.pt", "masks", ticket)]
+    if damage not in ("rewind", "prune"):  # a model.pt is not asked for these
+        evaluate = "--evaluate r --device cpu".split()
+        cases += [("model.pt", "weights", evaluate), ("model.pt", "masks", evaluate)]
+    if damage in ("shape", "a tensor", "numbers", "sparse"):
+        cases += [("done-dense.pt", "weights", imp), ("done-round-01.pt", "masks", imp)]
+    capsys.readouterr()
+    for name, key, argv in cases:
+        change, content = DAMAGES[damage], read(f"r/{name}")
+        if callable(change):
+            content[key] = {n: change(v) for n, v in content[key].items()}
+        elif isinstance(change, torch.Tensor):
+            content[key] = change
+        else:
+            old = content["settings"]
+            content["settings"] = old | change if isinstance(change, dict) else change
+        good = Path("r", name).read_bytes()
+        torch.save(content, f"r/{name}")
+        refused(capsys, argv, *[name] * (key != "settings" and not isinstance(change, dict)))
+        Path("r", name).write_bytes(good)
+
+
+@pytest.mark.parametrize("file", ["config.json", "summary.json"])
+@pytest.mark.parametrize("text", ["[1]", "3", "{", '{"rounds": 3, "environment": 3}', '{"rounds": [3], "environment": [1]}', "[" * 10**5])
+def test_damaged_jsons_are_one_line(empty, capsys, file, text):
+    argv = [*TINY, *"--steps 2 --out r".split()]
+    run(*argv)
+    config = json.loads(Path("r/config.json").read_text())
+    if file == "config.json":
+        Path("r/summary.json").unlink()
+        if text[0] == "{" and len(text) > 1:
+            text = json.dumps(config | {"environment": json.loads(text)["environment"]})
+    capsys.readouterr()
+    (empty / "r" / file).write_text(text)
+    refused(capsys, argv, f"r/{file}")
+    if "environment" not in text:
+        refused(capsys, ["--table", "r"], f"r/{file}")
+
+
+def test_words_that_a_terminal_does_not_have_do_not_end_a_run(empty, monkeypatch):
+    folder = pictures(empty / os.fsdecode(b"caf\xe9"), 44)
+    (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(b"damaged")
+    text = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", text)  # and stderr as Python has it
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), "ascii", "backslashreplace"))
+    for seed in (0, 1):
+        flags = ["--dataset", str(folder), "--method", "dense", "--model", "ae", "--seed", str(seed)]
+        assert L.main([*flags, *TINY[:4], *"--device cpu:0 --steps 2 --image-size 32 --out".split(), f"r{seed}"]) == 0
+    assert L.main(["--table", "r0", "r1"]) == 0
+    assert L.main("--evaluate r0 --device cpu:0".split()) == 0
+    monkeypatch.undo()
+    os.chdir(empty)
+    more = "--width .03 --batch-size 4 --device cpu:0"  # wherever a device enters
+    run(f"--method imp --model linear_ae --steps 2 --rounds 1 {more} --out i")
+    run(f"--method ticket --ticket i {more} --out t")
+    text.flush()
+    assert b" ? " in text.buffer.getvalue() and b"caf?" in text.buffer.getvalue()
+
+
+@pytest.mark.parametrize("more", ["--model wgan --lr 1e308", "--model resnet14 --lr 1e308", "--model vae --beta 1e308"])
+@pytest.mark.parametrize("method", ["dense", "snip"])
+def test_huge_rates_diverge_in_one_line(empty, few, capsys, method, more):
+    argv = f"--method {method} {more} --width .05 --batch-size 4 --steps 3 --device cpu --out r".split()
+    assert L.main(argv) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_folder_of_images_is_the_same_when_a_run_continues_and_no_run_is_data(empty, capsys, monkeypatch):
+    photos = pictures(empty / "photos", 70)
+    flags = f"--dataset . --method dense --model ae --width .03 --batch-size 4 --steps 2 --image-size 32 --device cpu".split()
+    monkeypatch.chdir(photos)
+    for seed in ("0", "1"):
+        assert L.main([*flags, "--seed", seed]) == 0
+    listings = [json.loads(p.read_text())["data_listing"] for p in photos.rglob("config.json")]
+    assert len(listings) == 2 and listings[0] == listings[1]
+    (photos / "runs/dense-ae--1/summary.json").unlink()
+    for i in range(30):
+        (photos / f"{i:05d}.png").rename(photos / f"{i}.png")
+    capsys.readouterr()
+    refused(capsys, [*flags, "--seed", "1"], "runs/dense-ae--1", "data_listing")
+
+
+def test_any_flags_end_well_or_in_one_line(empty, few, capsys):
+    a_ticket(empty / "t.pt", "vae", 0.03)
+    a_ticket(empty / "e.pt", "resnet14", 0.03)
+    random, codes = np.random.default_rng(0), []
+    forced = "--width .03 --steps 2 --batch-size 4 --device cpu"
+    left_out = "method model out data features inception_weights evaluate table eval_images workers"
+    free = [n for n in L.SETTINGS if L.flag(n) not in forced and n not in left_out.split()]
+    values = dict(dataset=["shapes", "none"], ticket=["t.pt", "e.pt", "no.pt"], seed=["0", "3"])
+    values |= dict(prune=["G", "encoder"], band=[".4", ".5"], image_size=["32"], lr=["1e-4"])
+    for k in range(60):
+        method = str(random.choice(L.METHODS))
+        model = str(random.choice(L.CLASSIFIERS[:2] if method == "elastic" else [*L.SAMPLED, "ae"]))
+        argv = f"{forced} --method {method} --model {model} --out r{k}".split()
+        argv += "--eval-images 640".split() * (model in L.SAMPLED)
+        fits = [n for n in free if {method, model} & {*L.SETTINGS[n].read_by, method} != set()]
+        fits = [n for n in fits if not L.SETTINGS[n].read_by or k % 9 == 0
+                or {method, model} & {*L.SETTINGS[n].read_by}]  # fmt: skip
+        chosen = {*random.choice(fits, 3, replace=False)} | {"ticket"} & {*fits}
+        for name in sorted(chosen):
+            row = L.SETTINGS[name]
+            words = row.takes if isinstance(row.takes, tuple) and row.takes else ["1", "2", "0.5"]
+            count = row.nargs if isinstance(row.nargs, int) else 1
+            value = str(random.choice(values.get(name, words)))
+            argv += [L.flag(name), *[value] * (row.type is not bool) * count]
+        codes.append(L.main(argv))
+        err = capsys.readouterr().err
+        assert codes[-1] in (0, 1, 2) and (codes[-1] != 2 or err.count("\n") == 1), (argv, err)
+    assert codes.count(0) > 9 and codes.count(2) > 9, codes
+
+
 def killed_main(said, when, count, argv):
     """main(argv) in a process of its own that is killed at the `count`-th step, or before, during or
     after the `count`-th write of a checkpoint, ticket or table. What it prints goes into `said`."""
@@ -3539,6 +3789,44 @@ def test_killed_at_several_moments_and_started_again_is_bit_identical(empty, met
         assert a == b, path
     a, b = (json.loads(Path(f"{out}/summary.json").read_text()) for out in ("killed", "whole"))
     assert {**a, "seconds": 0} == {**b, "seconds": 0}
+
+
+def imp_until(count, out):
+    """A short imp run in a process of its own that ends at its `count`-th os.replace."""
+    replace, seen = os.replace, []
+
+    def counted(*args):
+        seen.append(args)
+        if len(seen) == count:
+            os._exit(9)
+        replace(*args)
+
+    shapes, os.replace = L.shapes, counted
+    L.shapes = lambda n, *a, **k: shapes(min(n, 100), *a, **k)
+    L.draw_pictures = lambda *args: None
+    sys.stdout = open(os.devnull, "w")
+    argv = f"--method imp --model linear_ae --width .1 --steps 3 --rounds 1 --rewind-step 1 --out {out}"
+    os._exit(L.main([*argv.split(), *"--batch-size 4 --checkpoint-s 0 --device cpu".split()]))
+
+
+def test_a_run_that_ends_at_any_renaming_goes_on_to_the_same_bits(empty):
+    def code(count, out):
+        process = multiprocessing.get_context("fork").Process(target=imp_until, args=(count, out))
+        process.start()
+        process.join()
+        return process.exitcode
+
+    assert code(0, "whole") == 0
+    for count in range(1, 100):
+        out = f"cut{count}"
+        if code(count, out) == 0:
+            break
+        assert code(0, out) == 0
+        for name in ("model.pt", "ticket-01.pt", "done-dense.pt", "done-round-01.pt"):
+            a, b = read(f"{out}/{name}"), read(f"whole/{name}")
+            assert all(same(a[k], b[k]) for k in {"weights", "masks", "theta"} & set(a)), (count, name)
+        assert not list(Path(out).glob(".*.tmp")) and not Path(out, "last.pt").exists()
+    assert 12 < count < 99
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
