@@ -1,25 +1,22 @@
 # SPDX-License-Identifier: MIT
 """Lottery tickets and sparse training for generative models, in one file.
 
-Result   DDST on the built-in pictures, G with 30 % of its weights: FD-random-2k 0.056 (untrained
-         0.836, dense 0.038, real against real 0.004), 157 s on two CPU cores. A linear autoencoder
-         of Fashion-MNIST with 11 % of its weights: held-out error 0.092 (dense 0.090; random
-         ticket 0.109, shuffled mask 0.109). Seed 0.
+Result   @RESULT@
 Contents 1. DATA  2. MODELS  3. MASKS  4. OBJECTIVES  5. TRAINING  6. SCORES  7. TICKETS
          8. EARLY BIRD  9. DYNAMIC SPARSE TRAINING  10. ELASTIC TICKETS
          11. METRICS  12. COMMAND LINE                        (search for "# 3. MASKS")
 Legend   B batch   c image channels   S side of an image, pixels   w base channels   z latent size
          G generator   D discriminator   m mask, 1 = keep   d density, share of weights kept, 0..1
          A step is one update of G. Images are in [-1, 1] in networks and uint8 in memory.
-
-Run      python lottery.py                                    built-in pictures, minutes on a CPU
-         python lottery.py --method ddst --dataset celeba     the paper's size: for a GPU
-         python lottery.py --method imp --controls            is there a winning ticket?
-Papers   Kalibhat et al., Winning Lottery Tickets in Deep Generative Models, AAAI 2021, 2010.02350
-         Chen et al., The Elastic Lottery Ticket Hypothesis, NeurIPS 2021, arXiv 2103.16547
-         Wang et al., Balanced Training for Sparse GANs, NeurIPS 2023, arXiv 2302.14670
-         You et al., Early-Bird Tickets, 1909.11957; Evci et al., RigL and ERK, 1911.11134
-         Lee et al., SNIP, 1810.02340; Wang, Zhang & Grosse, GraSP, 2002.07376
+Papers, and where to read first
+ [1] Kalibhat et al., Winning Lottery Tickets in Deep Generative Models, AAAI 2021, 2010.02350:
+     two_layer_tickets, iterative_magnitude_pruning, train_controls, run_imp
+ [2] Chen et al., The Elastic Lottery Ticket Hypothesis, NeurIPS 2021, 2103.16547:
+     block_map, remap_blocks, elastic_ticket
+ [3] Wang et al., Balanced Training for Sparse GANs, NeurIPS 2023, 2302.14670:
+     two_layer_ddst, balance_ratio, controller, dynamic_gan, run_masked
+Also You et al., Early-Bird Tickets, 1909.11957: early_bird, slim. Evci et al., RigL and ERK,
+1911.11134. Lee et al., SNIP, 1810.02340. Wang, Zhang & Grosse, GraSP, 2002.07376.
 """
 import argparse, collections, concurrent.futures, contextlib, copy, csv, functools, hashlib, io
 import itertools, json, math, os, re, signal, sys, textwrap, time, types
@@ -559,6 +556,8 @@ class BasicBlock(nn.Module):
     def forward(self, x):
         h = F.relu(self.bn1(self.conv1(x)))
         h = self.bn2(self.conv2(h))
+        if self.shortcut and x.is_cpu:  # in other memory oneDNN's gradient crashes (AVX-512)
+            x = x.contiguous()
         return F.relu(h + self.shortcut(x))
 
 class CifarResNet(nn.Module):
@@ -642,7 +641,11 @@ def build(model, size=32, channels=3, width=1.0, z=None, seed=0, classes=10, dra
             nets = build_classifier(model, width, channels, classes)
         else:
             nets = build_pair(model, size, channels, width, z or MODELS[model]["z"])
-    return nn.ModuleDict(nets).to(memory_format=torch.channels_last)
+    nets = nn.ModuleDict(nets).to(memory_format=torch.channels_last)
+    for block in nets.modules():
+        if isinstance(block, BasicBlock):
+            block.shortcut.to(memory_format=torch.contiguous_format)
+    return nets
 
 # ==================================================================================================
 # 3. MASKS: {parameter name: float tensor of 0 and 1, shaped like the weight}, 1 = keep. Weights are
@@ -1732,11 +1735,9 @@ def drop_and_grow_(
                   "random": anywhere (SET, Mocanu et al. 2018), drawn from `generator`
     output_dim    {name: dimension of the output units}, 0 if not given (transposed: 1)
     New weights start at 0; what was just dropped may grow back, and keeps its value. The largest
-    kept weight of an output row always stays: one pool can empty a layer, and spectral norm of an
-    empty layer is 0/0. Gradients that are exactly 0 say nothing (a hinge D beyond its margins has
-    no other): where they run out the dropped come back first, the rest is random.
-    Returns ({name: bool, newly grown}, number dropped, number grown), exact: fewer where nothing
-    more may be dropped, or is left to grow."""
+    kept weight of an output row stays: spectral norm of an empty layer is 0/0. Gradients of exactly
+    0 say nothing (a hinge D beyond its margins): where they run out the dropped come back first.
+    Returns ({name: bool, newly grown}, number dropped, number grown), exact counts."""
     def flat(tensors):
         return torch.cat([tensors[name].detach().flatten() for name in masks])
 
@@ -1777,8 +1778,8 @@ def row_largest(weight, mask, dim=0):
 
 def seed_optimizer_state_(optimizer, weights, grown, gradients):
     """Optimizer state at newly grown weights: first moment and momentum 0, second moment g^2.
-    A second moment of 0 is a trap: Adam's correction for the start is long past, so a first step
-    could be lr / sqrt(1 - beta2), 31 times too long. Wang et al.'s code leaves both as they are."""
+    With 0 there Adam's first step could be lr / sqrt(1 - beta2), 31 times too long: its correction
+    for the start is long past. Wang et al.'s code leaves both as they are."""
     for name, new in grown.items():
         square = gradients[name] ** 2
         starts = {"exp_avg": 0.0, "momentum_buffer": 0.0}
@@ -1819,10 +1820,9 @@ def balance_ratio(d_real, d_fake_before, d_fake_after):
 
 def smoothed_ratio(window):
     """Balance ratio over a list of (gain, gap, spread): (sum of gains) / (sum of gaps). NaN for [].
-    Paper: the mean of the ratios. Here: the ratio of the sums, because single gaps near 0 carry
-    that mean (3.94 where the median was .30). Measurements without a lead of D are left out; when
-    they are the larger part, G is far ahead, and the answer is +inf: to wait for good ones would
-    stall in the very collapse that DDST shall prevent."""
+    Paper: the mean of the ratios, which single gaps near 0 carry (3.94 where the median was .30).
+    Measurements without a lead of D are left out; when most are, G is far ahead, and the answer is
+    +inf: to wait for good ones would stall in the very collapse that DDST shall prevent."""
     good = [m for m in window if m[1] > 1e-3 * m[2] and math.isfinite(m[0])]
     if not window:
         return math.nan
@@ -1852,11 +1852,10 @@ def measure_balance(G, D, real, z, fake, amp=False):
 
 def controller(ratio, count, low, high, change, floor, cap, total):
     """DDST's decision for D: (action, weights D shall keep), all in whole weights.
-    ratio at least `high`, D too weak      below the cap: "grow" by `change`, never past the cap;
-                                           at it: "explore" (drop and grow at constant count) when
-                                           the cap is below `total` (strict), "hold" when D is dense
-    ratio at most `low`, D too strong      "drop" by `change`, never past the floor
-    between, or NaN (both comparisons are then false)     "hold"
+    ratio at least `high`, D too weak   "grow" by `change`, up to the cap; at it "explore" (drop and
+                                        grow at constant count) if it is below `total` (strict)
+    ratio at most `low`, D too strong   "drop" by `change`, down to the floor
+    otherwise, or NaN                   "hold"
     Counts, not densities: .1 + 8 x .05 is not .5 in floats; the authors' test for it misses."""
     if ratio >= high and count < cap:
         return "grow", min(cap, count + change)
@@ -1898,8 +1897,8 @@ def dynamic_gan(
     update_every      steps between updates of G's mask (SDST); 0: it stays (dense, static)
     control           None, or DDST's dict(every, first, limits): steps between decisions on D, the
                       first step that may have one, and what `controller` shall know
-    The gradients are those of the step just done, as in the authors' code, which these moves equal
-    on the same tensors. RigL replaces a step by the update: G would miss one against D."""
+    The gradients are those of the step just done, as in the authors' code. RigL replaces a step by
+    the update: G would miss one against D."""
     state.setdefault("window", [])
     state.setdefault("history", [[start, counts_of(masks), []]])
     state.setdefault("log", role_densities(nets, masks))
@@ -1946,9 +1945,8 @@ def dynamic_layers(
     nets, optimizers, masks, state, *, steps, seed, update_every=0, how="gradient", start=0
 ):
     """The after_step of RigL (how="gradient", Evci et al. 2020) and SET ("random", Mocanu et al.
-    2018), for anything but a GAN: every `update_every` steps each layer exchanges a share of its
-    own kept weights, .3 at first and by a cosine 0 at 75 % of the steps; then masks stay.
-    Arguments see dynamic_gan. A pool per layer keeps the ERK densities that RigL starts with."""
+    2018), for anything but a GAN, see dynamic_gan: each layer exchanges a share of its own kept
+    weights, .3 at first and by a cosine 0 at 75 % of the steps. So ERK's densities stay."""
     end = 0.75 * steps
     state.setdefault("history", [[start, counts_of(masks), []]])
     state.setdefault("log", role_densities(nets, masks))
