@@ -669,8 +669,8 @@ def prunable_modules(model):
             if not isinstance(value, nn.Parameter):
                 steps = [type(step) for step in value]
                 if steps != [nn.utils.parametrizations._SpectralNorm]:
-                    why = "is computed anew, not by parametrizations.spectral_norm"
-                    raise ValueError(f"{path}.{name} {why}: a mask would be lost")
+                    why = "is computed anew (not by parametrizations.spectral_norm)"
+                    raise ValueError(f"{path}.{name} {why}, so a mask would be lost")
                 name = f"parametrizations.{name}.original"
             yield f"{path}.{name}".removeprefix("."), module
 
@@ -3043,7 +3043,8 @@ def run_method(given):
     check_folder(folder, s)
     if (folder / "summary.json").exists():
         print(f"{folder} is finished; --evaluate measures it again")
-        return run_table([folder])
+        with reading(folder / "summary.json"):
+            return run_table([folder])
     if s.device == "cpu" and s.width == 1 and s.model in SAMPLED and s.dataset != "shapes":
         small = "--width 0.25 --batch-size 32 --steps 1500"
         small += " --n-critic 1" * (s.model in GANS)
@@ -3097,7 +3098,8 @@ def main(argv=None):
         with catching_signals():
             given = parse(argv)
             if given.keys() == {"table"}:
-                run_table(given["table"])
+                with reading("a summary.json of them"):
+                    run_table(given["table"])
             elif "evaluate" in given:
                 run_evaluate(given)
             else:

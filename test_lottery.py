@@ -3292,7 +3292,7 @@ def test_an_elastic_run_trains_the_remapped_ticket_beside_its_controls(
     for flags, words in (
         ("--width .2", ["conv.weight", "(2, 3, 3, 3)", "(3, 3, 3, 3)"]),
         ("--dataset mnist", ["conv.weight", "(2, 1, 3, 3)"]),
-        ("--model resnet34 --width 1", ["does not fit"]),
+        ("--model resnet34 --width 1", ["--ticket t.pt into resnet34", "net.conv1.weight"]),
     ):
         refused(capsys, f"--method elastic --ticket t.pt --out x {flags}".split(), *words)
 
