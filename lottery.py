@@ -47,8 +47,6 @@ DATASETS = {
     "celeba": FOLDER,
     "imagenet": FOLDER | dict(image_size=224, classes=1000),
 }
-TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
-TORCHVISION |= {"cifar10": "CIFAR10", "stl10": "STL10"}
 IMAGE_ENDINGS = ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm"
 
 def rng(seed, step, purpose, k=0):
@@ -72,17 +70,17 @@ def import_torchvision():
     return torchvision
 
 def shapes(count, size=32, seed=0):
-    """`count` pictures of one large bright circle, square or triangle on a dark ground.
-    uint8 images (count, 3, size, size), labels (count,): 0 circle, 1 square, 2 triangle. Image i
-    depends on (seed, i) alone. Edges are soft: a discriminator would see hard ones at once."""
+    """uint8 images (count, 3, size, size) of a bright figure on a dark ground and labels (count,):
+    0 circle, 1 square, 2 triangle. Image i depends on (seed, i) alone. Edges are soft: a
+    discriminator would see hard ones at once."""
     draws = np.random.default_rng(seed).random((count, 8), np.float32)
     x = (torch.arange(size) + 0.5) / size * 2 - 1  # (S,)
     y = x.view(-1, 1)  # (S, 1)
     thirds = torch.tensor([0, 1 / 3, 2 / 3]).view(3, 1, 1)
     images, labels = [], []
     for part in torch.from_numpy(draws).split(1000):
-        columns = part.T.reshape(8, -1, 1, 1, 1)
-        kind, cx, cy, radius, hue, glow, ground, _ = columns
+        part = part.T.reshape(8, -1, 1, 1, 1)
+        kind, cx, cy, radius, hue, glow, ground, _ = part
         kind = (kind * 3).long()  # all are (B, 1, 1, 1)
         u, v = x - (cx - 0.5) * 0.3, y - (cy - 0.5) * 0.3
         r = 0.55 + 0.2 * radius
@@ -107,9 +105,10 @@ def read_image(path, grey=False):
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode[0] in "IF":
         x = np.asarray(image, np.float64)
-        tops = {"F": [1, 255, 65535], "I": [255, 65535]}.get(image.mode, [65535])
-        top = min(top for top in [*tops, x.max()] if top >= x.max())
-        image = Image.fromarray((x.clip(0) / top * 255).round().astype(np.uint8))
+        tops = {"F": [1, 255], "I": [255]}.get(image.mode, [])
+        top = min(t for t in [*tops, 65535, x.max()] if t >= x.max())
+        x = x.clip(0) / top * 255
+        image = Image.fromarray(x.round().astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         black = Image.new("RGBA", image.size, "black")
@@ -141,8 +140,7 @@ def list_images(folder):
     run left there, beside its config.json, are no data."""
     paths = sorted(Path(folder).rglob("*"))
     paths = [p for p in paths if p.suffix.lower() in IMAGE_ENDINGS.split()]
-    runs = [p for p in {p.parent for p in paths} if (p / "config.json").exists()]
-    paths = [p for p in paths if p.parent not in runs]
+    paths = [p for p in paths if not p.with_name("config.json").exists()]
     listing = [(str(p.relative_to(folder)), p.stat().st_size) for p in paths]
     return paths, hashlib.sha256(repr(listing).encode()).hexdigest()[:12]
 
@@ -155,18 +153,15 @@ def decode_folder(folder, size, grey=False):
     cache = Path(f"{folder}-{size}{'-grey' * grey}-{digest}.npy")
     if cache.exists() and cache.stat().st_mtime > max(p.stat().st_mtime for p in paths):
         return torch.from_numpy(np.load(cache))
-    images, shown = [], time.monotonic()
+    images = []
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for k, image in enumerate(pool.map(lambda p: decode_image(p, size, grey), paths)):
+        for image in pool.map(lambda p: decode_image(p, size, grey), paths):
             if image is not None:
                 images.append(image)
-            if time.monotonic() > shown + 10:
-                print(f"decoded {k:,} of {len(paths):,} images", flush=True)
-                shown = time.monotonic()
+                if len(images) % 10_000 == 0:
+                    print(f"decoded {len(images)} of {len(paths)}", flush=True)
     if not images:
         raise ValueError(f"no readable image below {folder}: {IMAGE_ENDINGS}")
-    if len(images) < len(paths):
-        print(f"{len(paths) - len(images)} of {len(paths)} images cannot be read", flush=True)
     images = np.stack(images)
     if len(paths) >= 1000:
         with contextlib.suppress(OSError):
@@ -174,8 +169,7 @@ def decode_folder(folder, size, grey=False):
     return torch.from_numpy(images)
 
 def write_atomically(path, write):
-    """`write(file)` under a temporary name, then renamed: no reader ever sees a part of a file.
-    An error leaves nothing that would keep a full disk full."""
+    """`write(file)` under a temporary name, then renamed: no reader ever sees a part of a file."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -186,56 +180,56 @@ def write_atomically(path, write):
     except (OSError, RuntimeError) as error:  # the second is torch.save's
         raise OSError(f"cannot write {path}: {error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)  # a full disk does not stay full
+
+@contextlib.contextmanager
+def reading(path):
+    """Whatever a damaged or foreign file leads to becomes a ValueError, one line with its name."""
+    try:
+        yield
+    except Exception as error:  # zip, pickle, json and torch each have their own
+        what = " ".join(repr(error).split())[:200]
+        raise ValueError(f"cannot read {path} ({what}); restore a copy or name another") from None
 
 def load_images(name, root="data", size=None, train=True, labelled=False, grey=False):
     """uint8 images (N, C, size, size) and int64 labels (N,) of the training or held-out part.
-    name      one of DATASETS but imagenet, or the path of a folder of images (labels are all 0)
+    name      one of DATASETS but imagenet, or a folder of images (labels all 0; `grey`: C is 1)
     root      where the sets lie, in torchvision's folder layout; all but CelebA are fetched
     labelled  of STL-10 5,000 images with labels, not the 100,000 without (Wang et al. 2023)
-    grey      a folder's images in one channel
     CelebA and plain folders have no test part: a tenth of a seeded permutation is held out."""
     size = size or DATASETS.get(name, FOLDER)["image_size"]
     if name == "shapes":
         return shapes(10_000, size, 0) if train else shapes(2_000, size, 1)
-    if name in TORCHVISION:
-        return load_torchvision_set(name, root, size, train, labelled)
     folder = image_folder(name, root)
+    if folder is None:
+        return load_torchvision_set(name, root, size, train, labelled)
     if not folder.is_dir():
-        known = f"{', '.join(DATASETS)} or a path (celeba: unzip img_align_celeba.zip there)"
-        raise ValueError(f"no folder {folder}; a data set is {known}")
+        raise ValueError(f"no folder {folder}; pass a path or one of {', '.join(DATASETS)}")
     images = decode_folder(folder, size, grey)
-    order = torch.randperm(len(images), generator=rng(0, 0, "held-out split"))
-    border = len(images) - len(images) // 10
-    images = images[order[:border] if train else order[border:]]
-    return images, torch.zeros(len(images)).long()
+    n = len(images)
+    order = torch.randperm(n, generator=rng(0, 0, "held-out split"))
+    part = order[: n - n // 10] if train else order[n - n // 10 :]
+    return images[part], torch.zeros_like(part)
 
 def load_torchvision_set(name, root, size, train, labelled=False):
     """load_images of torchvision's sets. A black frame makes MNIST's 28 pixels 32, a power of 2."""
-    kind = getattr(import_torchvision().datasets, TORCHVISION[name])
+    vision = import_torchvision()
+    kind = "FashionMNIST" if name == "fashion_mnist" else name.upper()
     part = dict(train=train)
     if name == "stl10":
         own = "train" if labelled else "unlabeled"
         part = dict(split=own if train else "test")
-    try:
-        data = kind(root, download=True, **part)
-    except (OSError, RuntimeError) as error:
-        why = f"{name} is not in {root} and cannot be fetched: {error}"
-        raise ValueError(" ".join(why.split())) from None
+    with reading(f"or fetch {name} in {root}"):
+        data = getattr(vision.datasets, kind)(root, download=True, **part)
     images = torch.as_tensor(data.data)
     if images.dim() == 3:  # (N, 28, 28)
         frame = 0 if size == 28 else 2
         images = F.pad(images.unsqueeze(1), (frame,) * 4)
     elif images.shape[-1] == 3:  # (N, H, W, 3)
         images = images.permute(0, 3, 1, 2)
-    images = images.contiguous()
-    if images.shape[-1] != size:
-        how = dict(size=size, mode="bilinear", antialias=True)
-        small = []
-        for some in images.split(1000):
-            some = F.interpolate(some.float(), **how)
-            small.append(some.round().to(torch.uint8))
-        images = torch.cat(small)
+    resize = vision.transforms.functional.resize
+    parts = images.contiguous().split(1000)
+    images = torch.cat([resize(part, [size, size]) for part in parts])
     labels = data.labels if name == "stl10" else data.targets
     return images, torch.as_tensor(labels).long()
 
@@ -250,7 +244,7 @@ class ImageStream(torch.utils.data.Dataset):
         centre = T.Resize(round(size * 256 / 224)), T.CenterCrop(size)
         self.centre = T.Compose([*centre, T.PILToTensor()])
         part = T.RandomResizedCrop(size, (0.1, 1), (0.8, 1.25))
-        mirror = T.RandomHorizontalFlip(0.5 if flip else 0.0)
+        mirror = T.RandomHorizontalFlip(0.5 * flip)
         self.random = T.Compose([part, mirror, T.PILToTensor()])
         self.workers, self.grey, self.seed, self.due = workers, grey, None, None
 
@@ -345,15 +339,13 @@ def batch(images, position, size, seed, flip=False, device=None, crop=0):
         coins = torch.rand(size, 1, 1, 1, generator=rng(seed, position, "flip"))
         real = torch.where(to_device(coins < 0.5, device), real.flip(-1), real)
     if crop:
-        B, C, H, W = real.shape
-        how = dict(generator=rng(seed, position, "crop"))
-        shift = torch.randint(2 * crop + 1, (2, B, 1, 1, 1), **how)
+        H, W = real.shape[2:]
+        draw = rng(seed, position, "crop")
+        shift = torch.randint(2 * crop + 1, (2, size), generator=draw)
         dy, dx = to_device(shift, device)
-        b = torch.arange(B, device=device).view(B, 1, 1, 1)
-        c = torch.arange(C, device=device).view(C, 1, 1)
-        rows = dy + torch.arange(H, device=device).view(H, 1)  # (B, 1, H, 1)
-        columns = dx + torch.arange(W, device=device)  # (B, 1, 1, W)
-        real = F.pad(real, (crop,) * 4, value=-1)[b, c, rows, columns]
+        framed = F.pad(real, (crop,) * 4, value=-1)
+        windows = framed.unfold(2, H, 1).unfold(3, W, 1)  # (B, C, shifts, shifts, H, W)
+        real = windows[torch.arange(size, device=device), :, dy, dx]
     return real
 
 def to_uint8(images):
@@ -1113,15 +1105,6 @@ def train(
 def save_torch(path, content):
     """torch.save, atomically; tensors and plain values only, so that load_torch can read it."""
     write_atomically(path, lambda file: torch.save(content, file))
-
-@contextlib.contextmanager
-def reading(path):
-    """Whatever a damaged or foreign file leads to becomes a ValueError, one line with its name."""
-    try:
-        yield
-    except Exception as error:  # zip, pickle, json and torch each have their own
-        what = " ".join(repr(error).split())[:200]
-        raise ValueError(f"cannot read {path} ({what}); restore a copy or name another") from None
 
 def load_torch(path, device="cpu"):
     """Read a file of ours: tensors and plain values. weights_only: a file that holds pickled code
