@@ -52,10 +52,9 @@ IMAGE_ENDINGS = ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm"
 def rng(seed, step, purpose, k=0):
     """A CPU generator for one draw, a function of (seed, step, purpose, k): a run that was cut off
     goes on without a random state, a GPU sees a CPU's batches. sha256, for Python salts hash()."""
-    key = f"{seed}/{step}/{purpose}/{k}"
-    digest = hashlib.sha256(key.encode()).digest()
-    number = int.from_bytes(digest[:8], "big") >> 1
-    return torch.Generator().manual_seed(number)
+    key = f"{seed}/{step}/{purpose}/{k}".encode()
+    number = int(hashlib.sha256(key).hexdigest()[:16], 16)
+    return torch.Generator().manual_seed(number >> 1)
 
 def import_torchvision():
     """torchvision, imported where it is used (it takes a second). Beside a CPU-only torch PyPI's
@@ -70,9 +69,8 @@ def import_torchvision():
     return torchvision
 
 def shapes(count, size=32, seed=0):
-    """uint8 images (count, 3, size, size) of a bright figure on a dark ground and labels (count,):
-    0 circle, 1 square, 2 triangle. Image i depends on (seed, i) alone. Edges are soft: a
-    discriminator would see hard ones at once."""
+    """uint8 images (count, 3, size, size), labels (count,): 0 circle, 1 square, 2 triangle. Image i
+    depends on (seed, i) alone. Edges are soft: a discriminator would see hard ones at once."""
     draws = np.random.default_rng(seed).random((count, 8), np.float32)
     x = (torch.arange(size) + 0.5) / size * 2 - 1  # (S,)
     y = x.view(-1, 1)  # (S, 1)
@@ -80,8 +78,8 @@ def shapes(count, size=32, seed=0):
     images, labels = [], []
     for part in torch.from_numpy(draws).split(1000):
         part = part.T.reshape(8, -1, 1, 1, 1)
-        kind, cx, cy, radius, hue, glow, ground, _ = part
-        kind = (kind * 3).long()  # all are (B, 1, 1, 1)
+        kind, cx, cy, radius, hue, glow, ground, _ = part  # (B, 1, 1, 1)
+        kind = (kind * 3).long()
         u, v = x - (cx - 0.5) * 0.3, y - (cy - 0.5) * 0.3
         r = 0.55 + 0.2 * radius
         circle = r - (u * u + v * v).sqrt()  # (B, 1, S, S), > 0 inside
@@ -125,7 +123,8 @@ def decode_image(path, size, grey=False):
     W, H = image.size
     side = min(W, H)
     left, top = (W - side) // 2, (H - side) // 2
-    image = image.crop((left, top, left + side, top + side)).resize((size, size), 2)  # bilinear
+    image = image.crop((left, top, left + side, top + side))
+    image = image.resize((size, size), 2)  # bilinear
     return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
 
 def image_folder(name, root="data"):
@@ -136,8 +135,7 @@ def image_folder(name, root="data"):
     return None if name in DATASETS else Path(name)
 
 def list_images(folder):
-    """The picture files below a folder, and a digest of their names and lengths. Pictures that a
-    run left there, beside its config.json, are no data."""
+    """The picture files below a folder, but those of runs; a digest of their names and lengths."""
     paths = sorted(Path(folder).rglob("*"))
     paths = [p for p in paths if p.suffix.lower() in IMAGE_ENDINGS.split()]
     paths = [p for p in paths if not p.with_name("config.json").exists()]
@@ -146,8 +144,7 @@ def list_images(folder):
 
 @functools.lru_cache(maxsize=1)
 def decode_folder(folder, size, grey=False):
-    """All images below `folder` as uint8 (N, C, size, size), in memory for the held-out part too;
-    from 1,000 images on also beside it as NAME-SIZE-DIGEST.npy, where that can be written."""
+    """All images below `folder`, uint8 (N, C, size, size); 1,000 or more are kept beside it, too."""
     folder = Path(folder).resolve()
     paths, digest = list_images(folder)
     cache = Path(f"{folder}-{size}{'-grey' * grey}-{digest}.npy")
@@ -253,13 +250,13 @@ class ImageStream(torch.utils.data.Dataset):
 
     def read(self, i):  # where it cannot be read, the next image of its class
         for k in itertools.chain(range(i, len(self)), range(i)):
-            path, label = self.files.samples[k]
-            if label == self.labels[i]:
+            if self.labels[k] == self.labels[i]:
+                path = self.files.samples[k][0]
                 try:
                     return read_image(path, self.grey)
                 except Exception as error:
                     print(f"skipped {path}: {error}", file=sys.stderr)
-        raise ValueError(f"no image of the class of {self.files.samples[i][0]} can be read")
+        raise ValueError(f"{path}: no image of its class can be read")
 
     def __getitem__(self, place):  # of batch_index; without a seed, an index
         if self.seed is None:
@@ -309,8 +306,7 @@ def batch_index(count, position, size, seed):
     return torch.cat(parts)
 
 def balanced_index(labels, count, generator):
-    """(count,) int64: places of `count` images in random order, from the classes of `labels` (N,)
-    as equally as class sizes allow."""
+    """(count,) int64: random places in `labels` (N,), of its classes as equally as sizes allow."""
     order = torch.randperm(len(labels), generator=generator)
     labels, rank = labels[order], torch.zeros_like(order)
     for label in labels.unique():
@@ -939,8 +935,7 @@ def untouched(*models):
 
 # ==================================================================================================
 # 5. TRAINING: one loop for every model and method. What it is made of:
-#      draw(step)             everything that is random or read from data, as tensors; a function
-#                             of (seed, step), so a killed run goes on to the same last bit
+#      draw(step)             tensors of all that is random or data; a function of (seed, step)
 #      update(draws)          -> {"losses": {name: scalar}, ...}, see section 4
 #      after_step(step, out)  what a method adds: measures, moves masks; True ends the training.
 #                             Its memory, `state`, is in the checkpoint; state["log"] is shown
@@ -980,13 +975,12 @@ def set_rate(optimizer, lr):
             group["lr"] = lr
 
 def graphed(update, warmup=3):
-    """`update` as a CUDA graph, one launch a step: a GAN's step is thousands of launches, and a GPU
-    waits half of the time for the next one.
+    """`update` as a CUDA graph: one launch a step, not thousands, which a GPU would wait for.
     The first calls run as they are, on a side stream: libraries choose their kernels there. Then a
-    call is captured, which records and does not run, and replayed from there on, on inputs that are
-    copied into its own. So update(draws) may read nothing but its tensors (masks, weights, states
-    change in place), draw no random number and wait for no value. What it returns is overwritten by
-    the next call, but for the losses. Where capture fails, it says so and goes on without."""
+    call is recorded, and replayed from there on, on inputs that are copied into its own. So
+    update(draws) may read nothing but its tensors (masks, weights, states change in place), draw no
+    random number and wait for no value. What it returns is overwritten by the next call, but for
+    the losses. Where recording fails, it says so and goes on without."""
     stream, graph, calls = torch.cuda.Stream(), torch.cuda.CUDAGraph(), itertools.count(1)
     inputs, out = [], None
 
@@ -1052,8 +1046,7 @@ def train(
     nets        nn.ModuleDict of roles; optimizers {role: optimizer}
     masks       {parameter name: mask}, changed in place by after_step only
     ema         nn.ModuleDict of copies of the roles that are averaged; ema_longest: longest decay
-    eval_every  steps between evaluations; there is one at the end, too, and unless the end is the
-                only one, one at `start`
+    eval_every  steps between evaluations; one is at the end and, where that is not all, at `start`
     checkpoint  a Checkpoint: a finished training returns at once, one that was cut off goes on
     A loss that is not finite ends it with FloatingPointError (on CUDA every tenth is looked at)."""
     masks, ema = masks or {}, ema or nn.ModuleDict()
@@ -1100,15 +1093,14 @@ def train(
         if checkpoint and (end or checkpoint.due()):
             check_finite(nets.named_parameters(), step)
             checkpoint.save(step, rows, recent, seconds, end)
-    return Trained(step, rows, earlier + time.perf_counter() - began)
+    return Trained(step, rows, seconds)
 
 def save_torch(path, content):
     """torch.save, atomically; tensors and plain values only, so that load_torch can read it."""
     write_atomically(path, lambda file: torch.save(content, file))
 
 def load_torch(path, device="cpu"):
-    """Read a file of ours: tensors and plain values. weights_only: a file that holds pickled code
-    is refused, not run."""
+    """The dict in a file of ours. weights_only: one that holds pickled code is refused, not run."""
     with reading(path):
         content = torch.load(path, map_location=device, weights_only=True)
         if content.get("format") != 1:
@@ -1122,7 +1114,7 @@ def check_shapes(tensors, wanted):
         stored = tensor.untyped_storage().nbytes()  # fails for a sparse one
         fits = tensor.shape == wanted[str(name)].shape and tensor.nbytes <= stored
         if not fits or tensor.is_complex() or not tensor.isfinite().all():
-            raise ValueError(f"{name} {[*tensor.shape]} has another shape, or it is not finite")
+            raise ValueError(f"{name} has another shape, or is not finite")
 
 def read_json(path):
     """The dict in a JSON file; ValueError with its name when it is missing or damaged."""
@@ -1130,7 +1122,6 @@ def read_json(path):
         return dict(json.loads(path.read_text()))
 
 def write_text(path, text):
-    """A text file, atomically."""
     write_atomically(path, lambda file: file.write(text.encode()))
 
 @contextlib.contextmanager
@@ -1160,7 +1151,7 @@ class Checkpoint:
         """Copy the checkpoint into these; its (step, rows, recent, seconds, finished), or None."""
         self.parts = nets, ema, masks, optimizers, state
         path = self.done if self.done.exists() else self.last
-        Checkpoint.stop = None if self.done.exists() else 0
+        Checkpoint.stop = None if path == self.done else 0
         if not path.exists():
             return None
         saved = load_torch(path, next(nets.parameters()).device)
@@ -1185,16 +1176,15 @@ class Checkpoint:
         return [saved[k] for k in ("step", "rows", "recent", "seconds", "finished")]
 
     def save(self, step, rows, recent, seconds, finished):
-        """Write the parts and the numbers; when finished as done-NAME.pt."""
         nets, ema, masks, optimizers, state = self.parts
-        text, keys = io.StringIO(), dict.fromkeys(key for row in rows for key in row)
-        writer = csv.DictWriter(text, list(keys))  # all rows again: a column may appear late
+        text, keys = io.StringIO(), dict.fromkeys(itertools.chain(*rows))
+        writer = csv.DictWriter(text, list(keys))  # anew: a column may appear late
         writer.writeheader()
         writer.writerows(rows)
         write_text(self.table, text.getvalue())
-        content = {"format": 1, "name": self.name, "step": step, "rows": rows, "recent": recent}
-        content |= {"seconds": seconds, "finished": finished, "state": state}
-        content |= {"weights": nets.state_dict(), "ema": ema.state_dict()}
+        content = dict(format=1, name=self.name, step=step, rows=rows, recent=recent)
+        content |= dict(seconds=seconds, finished=finished, state=state)
+        content |= dict(weights=nets.state_dict(), ema=ema.state_dict())
         content["masks"] = {name: mask.bool() for name, mask in masks.items()}
         path = self.done if finished else self.last
         if not finished:
@@ -1202,27 +1192,25 @@ class Checkpoint:
         save_torch(path, content)
         self.written, self.good = time.perf_counter(), f"{path} (step {step})"
         if self.stop:
-            text = f"stopped; the same command goes on from {self.good}"
-            raise KeyboardInterrupt(self.stop, text)
+            said = f"stopped; the same command goes on from {self.good}"
+            raise KeyboardInterrupt(self.stop, said)
         if finished:
             Checkpoint.stop = None
             self.last.unlink(missing_ok=True)
 
-    def due(self):
-        """Is it time to save? A signal does not wait for the interval."""
+    def due(self):  # a signal does not wait
         return self.stop or time.perf_counter() - self.written >= self.every_s
 
 # ==================================================================================================
-# 6. SCORES: how much each weight matters, early in training. {name: tensor shaped like the
-#    weight}, larger = keep, for prune_masks. SNIP and GraSP are called inside `with scoring(...)`
-#    of all networks that the loss passes through, and then leave no trace in them.
+# 6. SCORES: {name: tensor shaped like the weight}, larger = keep, for prune_masks. SNIP and GraSP
+#    are called inside `with scoring(...)` of all networks that the loss passes through.
 
 @contextlib.contextmanager
 def scoring(*models):
     """`untouched`, and scores that depend on weights and data alone. Batch norm takes statistics of
     the batch (running ones are still empty), all else is in eval mode, and spectral norm's vectors
-    are settled, then still: with one iteration a forward, scores would depend on what the last
-    forward left. Of the kernels of attention only the plain one has the second derivative."""
+    are settled, then still: scores would depend on what the last forward left. Of the kernels of
+    attention only the plain one has the second derivative."""
     plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with untouched(*models), torch.enable_grad(), torch.random.fork_rng([]), plain:
         for layer in nn.ModuleList(models).modules():
@@ -1234,15 +1222,14 @@ def settle_spectral_norms_(model):
     """Iterate spectral norms' vectors 30 times from a fixed start, for the weights as they are."""
     for weight in model.modules():
         listed = isinstance(weight, nn.utils.parametrize.ParametrizationList)
-        if not listed or not hasattr(weight[0], "_u"):
-            continue
-        matrix = weight[0]._reshape_weight_to_matrix(weight.original.detach())
-        u = torch.randn(len(matrix), generator=rng(0, 0, "spectral norm")).to(matrix)
-        for _ in range(30):
-            v = F.normalize(matrix.T @ u, dim=0)
-            u = F.normalize(matrix @ v, dim=0)
-        weight[0]._u.copy_(u)
-        weight[0]._v.copy_(v)
+        if listed and hasattr(weight[0], "_u"):
+            norm = weight[0]
+            matrix = norm._reshape_weight_to_matrix(weight.original.detach())
+            start = rng(0, 0, "spectral norm")
+            norm._u.copy_(torch.randn(len(matrix), generator=start))
+            for _ in range(30):
+                norm._v.copy_(F.normalize(matrix.T @ norm._u, dim=0))
+                norm._u.copy_(F.normalize(matrix @ norm._v, dim=0))
 
 def score_magnitude(model):
     """|w|: the baseline that ignores the data, which a score that looks at data has to beat."""
@@ -1259,16 +1246,17 @@ def score_snip(model, loss, batches=1):
     sums = [torch.zeros_like(w) for w in tensors]
     for k in range(batches):
         torch._foreach_add_(sums, torch.autograd.grad(loss(k), tensors))
-    return {name: (w.detach() * g).abs() for (name, w), g in zip(weights.items(), sums)}
+    scores = [(w.detach() * g).abs() for w, g in zip(tensors, sums)]
+    return dict(zip(weights, scores))
 
 def score_grasp(model, loss, batches=1):
     """GraSP: w (H g), how much of the squared gradient norm |g|^2 goes with the weight; H is the
     Hessian of the loss. Wang, Zhang & Grosse 2020. Arguments see score_snip.
     First g, summed over the batches. Then per batch the derivative of stop(g) . g_batch, which is
     H_batch g; without the stop 2 H g comes out. Mind the sign: the paper scores S = -w (H g) and
-    removes the LARGEST S, so the largest w (H g) stay. The other end, or an absolute value, prunes
-    what carries the gradient. For a classifier the paper divides the logits by 200 inside the loss,
-    in both passes: probabilities become nearly equal, and the ranking changes, also its signs."""
+    removes the LARGEST S. The other end, or an absolute value, prunes what carries the gradient.
+    For a classifier the paper divides the logits by 200 inside the loss, in both passes:
+    probabilities become nearly equal, and the ranking changes, also its signs."""
     weights = prunable_parameters(model)
     tensors = list(weights.values())
     sums = [torch.zeros_like(w) for w in tensors]
@@ -1280,7 +1268,8 @@ def score_grasp(model, loss, batches=1):
         inner = sum((stop * g).sum() for stop, g in zip(sums, gradients))
         parts = torch.autograd.grad(inner, tensors, materialize_grads=True)
         torch._foreach_add_(products, parts)
-    return {name: w.detach() * p for (name, w), p in zip(weights.items(), products)}
+    scores = [w.detach() * p for w, p in zip(tensors, products)]
+    return dict(zip(weights, scores))
 
 def scoring_losses(nets, draw, noise, objective, beta=1.0, temperature=1.0):
     """{prefix: (k) -> loss} by which networks are scored: "G." and "D." of a GAN, each by its own
@@ -1291,7 +1280,7 @@ def scoring_losses(nets, draw, noise, objective, beta=1.0, temperature=1.0):
 
     def loss_D(k):
         fake = nets["G"](noise(k, "D")).detach()
-        real, _ = draw(k)
+        real = draw(k)[0]
         return discriminator_loss(objective, nets["D"](real), nets["D"](fake))
 
     def loss_rest(k):
