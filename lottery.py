@@ -144,7 +144,7 @@ def list_images(folder):
 
 @functools.lru_cache(maxsize=1)
 def decode_folder(folder, size, grey=False):
-    """All images below `folder`, uint8 (N, C, size, size); 1,000 or more are kept beside it, too."""
+    """All images below `folder`, uint8 (N, C, size, size); 1,000 or more are kept beside it."""
     folder = Path(folder).resolve()
     paths, digest = list_images(folder)
     cache = Path(f"{folder}-{size}{'-grey' * grey}-{digest}.npy")
@@ -184,9 +184,8 @@ def reading(path):
     """Whatever a damaged or foreign file leads to becomes a ValueError, one line with its name."""
     try:
         yield
-    except Exception as error:  # zip, pickle, json and torch each have their own
-        what = " ".join(repr(error).split())[:200]
-        raise ValueError(f"cannot read {path} ({what}); restore a copy or name another") from None
+    except Exception as error:  # each library has its own
+        raise ValueError(f"cannot read {path} ({error!r:.200}); name another") from None
 
 def load_images(name, root="data", size=None, train=True, labelled=False, grey=False):
     """uint8 images (N, C, size, size) and int64 labels (N,) of the training or held-out part.
@@ -243,7 +242,8 @@ class ImageStream(torch.utils.data.Dataset):
         part = T.RandomResizedCrop(size, (0.1, 1), (0.8, 1.25))
         mirror = T.RandomHorizontalFlip(0.5 * flip)
         self.random = T.Compose([part, mirror, T.PILToTensor()])
-        self.workers, self.grey, self.seed, self.due = workers, grey, None, None
+        self.workers, self.grey = workers, grey
+        self.seed = self.due = None
 
     def __len__(self):
         return len(self.labels)
@@ -325,11 +325,12 @@ def batch(images, position, size, seed, flip=False, device=None, crop=0):
     """The images at batch_index, (size, C, H, W) in [-1, 1], mirrored at random, shifted by up to
     `crop` pixels, black coming in (He et al. 2016). An ImageStream mirrors and cuts by itself."""
     if isinstance(images, ImageStream):
+        flip, crop = False, 0
         chosen = images.batch(position, size, seed)
-        return to_device(chosen, device or "cpu").float().div_(127.5).sub_(1)
-    device = device or images.device
-    index = batch_index(len(images), position, size, seed)
-    chosen = images[to_device(index, images.device)]
+    else:
+        index = batch_index(len(images), position, size, seed)
+        chosen = images[to_device(index, images.device)]
+    device = device or chosen.device
     real = to_device(chosen, device).float().div_(127.5).sub_(1)
     if flip:
         coins = torch.rand(size, 1, 1, 1, generator=rng(seed, position, "flip"))
@@ -340,7 +341,7 @@ def batch(images, position, size, seed, flip=False, device=None, crop=0):
         shift = torch.randint(2 * crop + 1, (2, size), generator=draw)
         dy, dx = to_device(shift, device)
         framed = F.pad(real, (crop,) * 4, value=-1)
-        windows = framed.unfold(2, H, 1).unfold(3, W, 1)  # (B, C, shifts, shifts, H, W)
+        windows = framed.unfold(2, H, 1).unfold(3, W, 1)  # (B, C, n, n, H, W)
         real = windows[torch.arange(size, device=device), :, dy, dx]
     return real
 
@@ -1108,10 +1109,9 @@ def load_torch(path, device="cpu"):
         return content
 
 def check_shapes(tensors, wanted):
-    """ValueError unless each of {name: tensor} has the shape of the wanted one of its name and
-    real, finite numbers of its own: expanded from few, a copy of them would fill the memory."""
+    """ValueError unless each of {name: tensor} is real, finite and shaped as the wanted one."""
     for name, tensor in tensors.items():
-        stored = tensor.untyped_storage().nbytes()  # fails for a sparse one
+        stored = tensor.untyped_storage().nbytes()  # less if expanded: a copy fills the memory
         fits = tensor.shape == wanted[str(name)].shape and tensor.nbytes <= stored
         if not fits or tensor.is_complex() or not tensor.isfinite().all():
             raise ValueError(f"{name} has another shape, or is not finite")
@@ -1126,8 +1126,7 @@ def write_text(path, text):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold a run folder for this process; ValueError when another has it. The lock is the kernel's
-    and ends with the process, however that ends; processes that decode do not inherit it."""
+    """Hold a run folder, or ValueError. The lock ends with this process; no child inherits it."""
     import fcntl  # not on Windows
     with open(folder / ".lock", "w") as file:
         try:
@@ -1177,15 +1176,15 @@ class Checkpoint:
 
     def save(self, step, rows, recent, seconds, finished):
         nets, ema, masks, optimizers, state = self.parts
-        text, keys = io.StringIO(), dict.fromkeys(itertools.chain(*rows))
-        writer = csv.DictWriter(text, list(keys))  # anew: a column may appear late
+        text, columns = io.StringIO(), dict.fromkeys(itertools.chain(*rows))
+        writer = csv.DictWriter(text, columns)  # anew: one may appear late
         writer.writeheader()
         writer.writerows(rows)
         write_text(self.table, text.getvalue())
         content = dict(format=1, name=self.name, step=step, rows=rows, recent=recent)
         content |= dict(seconds=seconds, finished=finished, state=state)
         content |= dict(weights=nets.state_dict(), ema=ema.state_dict())
-        content["masks"] = {name: mask.bool() for name, mask in masks.items()}
+        content["masks"] = {n: m.bool() for n, m in masks.items()}
         path = self.done if finished else self.last
         if not finished:
             content["optimizers"] = {role: o.state_dict() for role, o in optimizers.items()}
@@ -1239,8 +1238,7 @@ def score_snip(model, loss, batches=1):
     """SNIP: |w dL/dw|, how fast the loss changes when the weight's mask leaves 1. Lee et al. 2019.
     loss(k) -> scalar on the k-th scoring batch, without weight decay, the same at every call.
     The absolute value is taken of the sum over batches; taken per batch it would score their noise.
-    A GAN's networks are scored apart, by G's and by D's loss: in a sum of both, which pull G's
-    weights in opposite directions, G's scores cancel, and in one pool with D's G is starved."""
+    A GAN's networks are scored apart, each by its own loss: in a sum of both G's scores cancel."""
     weights = prunable_parameters(model)
     tensors = list(weights.values())
     sums = [torch.zeros_like(w) for w in tensors]
