@@ -44,17 +44,14 @@ DATASETS = {
     "celeba": FOLDER,
     "imagenet": FOLDER | dict(image_size=224, classes=1000),
 }
-TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
-TORCHVISION |= {"cifar10": "CIFAR10", "stl10": "STL10"}
 IMAGE_ENDINGS = ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm"
 
 def rng(seed, step, purpose, k=0):
     """A CPU generator for one draw, a function of (seed, step, purpose, k): a run that was cut off
     goes on without a random state, a GPU sees a CPU's batches. sha256, for Python salts hash()."""
-    key = f"{seed}/{step}/{purpose}/{k}"
-    digest = hashlib.sha256(key.encode()).digest()
-    number = int.from_bytes(digest[:8], "big") >> 1
-    return torch.Generator().manual_seed(number)
+    key = f"{seed}/{step}/{purpose}/{k}".encode()
+    number = int(hashlib.sha256(key).hexdigest()[:16], 16)
+    return torch.Generator().manual_seed(number >> 1)
 
 def import_torchvision():
     """torchvision, imported where it is used (it takes a second). Beside a CPU-only torch PyPI's
@@ -69,8 +66,7 @@ def import_torchvision():
     return torchvision
 
 def shapes(count, size=32, seed=0):
-    """`count` pictures of one large bright circle, square or triangle on a dark ground.
-    uint8 images (count, 3, size, size), labels (count,): 0 circle, 1 square, 2 triangle. Image i
+    """uint8 images (count, 3, size, size), labels (count,): 0 circle, 1 square, 2 triangle. Image i
     depends on (seed, i) alone. Edges are soft: a discriminator would see hard ones at once."""
     draws = np.random.default_rng(seed).random((count, 8), np.float32)
     x = (torch.arange(size) + 0.5) / size * 2 - 1  # (S,)
@@ -78,9 +74,9 @@ def shapes(count, size=32, seed=0):
     thirds = torch.tensor([0, 1 / 3, 2 / 3]).view(3, 1, 1)
     images, labels = [], []
     for part in torch.from_numpy(draws).split(1000):
-        columns = part.T.reshape(8, -1, 1, 1, 1)
-        kind, cx, cy, radius, hue, glow, ground, _ = columns
-        kind = (kind * 3).long()  # all are (B, 1, 1, 1)
+        part = part.T.reshape(8, -1, 1, 1, 1)
+        kind, cx, cy, radius, hue, glow, ground, _ = part  # (B, 1, 1, 1)
+        kind = (kind * 3).long()
         u, v = x - (cx - 0.5) * 0.3, y - (cy - 0.5) * 0.3
         r = 0.55 + 0.2 * radius
         circle = r - (u * u + v * v).sqrt()  # (B, 1, S, S), > 0 inside
@@ -104,9 +100,10 @@ def read_image(path, grey=False):
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode[0] in "IF":
         x = np.asarray(image, np.float64)
-        tops = {"F": [1, 255, 65535], "I": [255, 65535]}.get(image.mode, [65535])
-        top = min(top for top in [*tops, x.max()] if top >= x.max())
-        image = Image.fromarray((x.clip(0) / top * 255).round().astype(np.uint8))
+        tops = {"F": [1, 255], "I": [255]}.get(image.mode, [])
+        top = min(t for t in [*tops, 65535, x.max()] if t >= x.max())
+        x = x.clip(0) / top * 255
+        image = Image.fromarray(x.round().astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         black = Image.new("RGBA", image.size, "black")
@@ -123,7 +120,8 @@ def decode_image(path, size, grey=False):
     W, H = image.size
     side = min(W, H)
     left, top = (W - side) // 2, (H - side) // 2
-    image = image.crop((left, top, left + side, top + side)).resize((size, size), 2)  # bilinear
+    image = image.crop((left, top, left + side, top + side))
+    image = image.resize((size, size), 2)  # bilinear
     return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
 
 def image_folder(name, root="data"):
@@ -134,36 +132,30 @@ def image_folder(name, root="data"):
     return None if name in DATASETS else Path(name)
 
 def list_images(folder):
-    """The picture files below a folder, and a digest of their names and lengths. Pictures that a
-    run left there, beside its config.json, are no data."""
+    """The picture files below a folder, but those of runs; a digest of their names and lengths."""
     paths = sorted(Path(folder).rglob("*"))
     paths = [p for p in paths if p.suffix.lower() in IMAGE_ENDINGS.split()]
-    runs = [p for p in {p.parent for p in paths} if (p / "config.json").exists()]
-    paths = [p for p in paths if p.parent not in runs]
+    paths = [p for p in paths if not p.with_name("config.json").exists()]
     listing = [(str(p.relative_to(folder)), p.stat().st_size) for p in paths]
     return paths, hashlib.sha256(repr(listing).encode()).hexdigest()[:12]
 
 @functools.lru_cache(maxsize=1)
 def decode_folder(folder, size, grey=False):
-    """All images below `folder` as uint8 (N, C, size, size), in memory for the held-out part too;
-    from 1,000 images on also beside it as NAME-SIZE-DIGEST.npy, where that can be written."""
+    """All images below `folder`, uint8 (N, C, size, size); 1,000 or more are kept beside it."""
     folder = Path(folder).resolve()
     paths, digest = list_images(folder)
     cache = Path(f"{folder}-{size}{'-grey' * grey}-{digest}.npy")
     if cache.exists() and cache.stat().st_mtime > max(p.stat().st_mtime for p in paths):
         return torch.from_numpy(np.load(cache))
-    images, shown = [], time.monotonic()
+    images = []
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for k, image in enumerate(pool.map(lambda p: decode_image(p, size, grey), paths)):
+        for image in pool.map(lambda p: decode_image(p, size, grey), paths):
             if image is not None:
                 images.append(image)
-            if time.monotonic() > shown + 10:
-                print(f"decoded {k:,} of {len(paths):,} images", flush=True)
-                shown = time.monotonic()
+                if len(images) % 10_000 == 0:
+                    print(f"decoded {len(images)} of {len(paths)}", flush=True)
     if not images:
         raise ValueError(f"no readable image below {folder}: {IMAGE_ENDINGS}")
-    if len(images) < len(paths):
-        print(f"{len(paths) - len(images)} of {len(paths)} images cannot be read", flush=True)
     images = np.stack(images)
     if len(paths) >= 1000:
         with contextlib.suppress(OSError):
@@ -171,8 +163,7 @@ def decode_folder(folder, size, grey=False):
     return torch.from_numpy(images)
 
 def write_atomically(path, write):
-    """`write(file)` under a temporary name, then renamed: no reader ever sees a part of a file.
-    An error leaves nothing that would keep a full disk full."""
+    """`write(file)` under a temporary name, then renamed: no reader ever sees a part of a file."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -183,56 +174,55 @@ def write_atomically(path, write):
     except (OSError, RuntimeError) as error:  # the second is torch.save's
         raise OSError(f"cannot write {path}: {error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)  # a full disk does not stay full
+
+@contextlib.contextmanager
+def reading(path):
+    """Whatever a damaged or foreign file leads to becomes a ValueError, one line with its name."""
+    try:
+        yield
+    except Exception as error:  # each library has its own
+        raise ValueError(f"cannot read {path} ({error!r:.200}); name another") from None
 
 def load_images(name, root="data", size=None, train=True, labelled=False, grey=False):
     """uint8 images (N, C, size, size) and int64 labels (N,) of the training or held-out part.
-    name      one of DATASETS but imagenet, or the path of a folder of images (labels are all 0)
+    name      one of DATASETS but imagenet, or a folder of images (labels all 0; `grey`: C is 1)
     root      where the sets lie, in torchvision's folder layout; all but CelebA are fetched
     labelled  of STL-10 5,000 images with labels, not the 100,000 without (Wang et al. 2023)
-    grey      a folder's images in one channel
     CelebA and plain folders have no test part: a tenth of a seeded permutation is held out."""
     size = size or DATASETS.get(name, FOLDER)["image_size"]
     if name == "shapes":
         return shapes(10_000, size, 0) if train else shapes(2_000, size, 1)
-    if name in TORCHVISION:
-        return load_torchvision_set(name, root, size, train, labelled)
     folder = image_folder(name, root)
+    if folder is None:
+        return load_torchvision_set(name, root, size, train, labelled)
     if not folder.is_dir():
-        known = f"{', '.join(DATASETS)} or a path (celeba: unzip img_align_celeba.zip there)"
-        raise ValueError(f"no folder {folder}; a data set is {known}")
+        raise ValueError(f"no folder {folder}; pass a path or one of {', '.join(DATASETS)}")
     images = decode_folder(folder, size, grey)
-    order = torch.randperm(len(images), generator=rng(0, 0, "held-out split"))
-    border = len(images) - len(images) // 10
-    images = images[order[:border] if train else order[border:]]
-    return images, torch.zeros(len(images)).long()
+    n = len(images)
+    order = torch.randperm(n, generator=rng(0, 0, "held-out split"))
+    part = order[: n - n // 10] if train else order[n - n // 10 :]
+    return images[part], torch.zeros_like(part)
 
 def load_torchvision_set(name, root, size, train, labelled=False):
     """load_images of torchvision's sets. A black frame makes MNIST's 28 pixels 32, a power of 2."""
-    kind = getattr(import_torchvision().datasets, TORCHVISION[name])
+    vision = import_torchvision()
+    kind = "FashionMNIST" if name == "fashion_mnist" else name.upper()
     part = dict(train=train)
     if name == "stl10":
         own = "train" if labelled else "unlabeled"
         part = dict(split=own if train else "test")
-    try:
-        data = kind(root, download=True, **part)
-    except (OSError, RuntimeError) as error:
-        why = f"{name} is not in {root} and cannot be fetched: {error}"
-        raise ValueError(" ".join(why.split())) from None
+    with reading(f"or fetch {name} in {root}"):
+        data = getattr(vision.datasets, kind)(root, download=True, **part)
     images = torch.as_tensor(data.data)
     if images.dim() == 3:  # (N, 28, 28)
         frame = 0 if size == 28 else 2
         images = F.pad(images.unsqueeze(1), (frame,) * 4)
     elif images.shape[-1] == 3:  # (N, H, W, 3)
         images = images.permute(0, 3, 1, 2)
-    images = images.contiguous()
-    if images.shape[-1] != size:
-        how = dict(size=size, mode="bilinear", antialias=True)
-        small = []
-        for some in images.split(1000):
-            some = F.interpolate(some.float(), **how)
-            small.append(some.round().to(torch.uint8))
-        images = torch.cat(small)
+    resize = vision.transforms.functional.resize
+    parts = images.contiguous().split(1000)
+    images = torch.cat([resize(part, [size, size]) for part in parts])
     labels = data.labels if name == "stl10" else data.targets
     return images, torch.as_tensor(labels).long()
 
@@ -247,22 +237,23 @@ class ImageStream(torch.utils.data.Dataset):
         centre = T.Resize(round(size * 256 / 224)), T.CenterCrop(size)
         self.centre = T.Compose([*centre, T.PILToTensor()])
         part = T.RandomResizedCrop(size, (0.1, 1), (0.8, 1.25))
-        mirror = T.RandomHorizontalFlip(0.5 if flip else 0.0)
+        mirror = T.RandomHorizontalFlip(0.5 * flip)
         self.random = T.Compose([part, mirror, T.PILToTensor()])
-        self.workers, self.grey, self.seed, self.due = workers, grey, None, None
+        self.workers, self.grey = workers, grey
+        self.seed = self.due = None
 
     def __len__(self):
         return len(self.labels)
 
     def read(self, i):  # where it cannot be read, the next image of its class
         for k in itertools.chain(range(i, len(self)), range(i)):
-            path, label = self.files.samples[k]
-            if label == self.labels[i]:
+            if self.labels[k] == self.labels[i]:
+                path = self.files.samples[k][0]
                 try:
                     return read_image(path, self.grey)
                 except Exception as error:
                     print(f"skipped {path}: {error}", file=sys.stderr)
-        raise ValueError(f"no image of the class of {self.files.samples[i][0]} can be read")
+        raise ValueError(f"{path}: no image of its class can be read")
 
     def __getitem__(self, place):  # of batch_index; without a seed, an index
         if self.seed is None:
@@ -312,8 +303,7 @@ def batch_index(count, position, size, seed):
     return torch.cat(parts)
 
 def balanced_index(labels, count, generator):
-    """(count,) int64: places of `count` images in random order, from the classes of `labels` (N,)
-    as equally as class sizes allow."""
+    """(count,) int64: random places in `labels` (N,), of its classes as equally as sizes allow."""
     order = torch.randperm(len(labels), generator=generator)
     labels, rank = labels[order], torch.zeros_like(order)
     for label in labels.unique():
@@ -332,25 +322,24 @@ def batch(images, position, size, seed, flip=False, device=None, crop=0):
     """The images at batch_index, (size, C, H, W) in [-1, 1], mirrored at random, shifted by up to
     `crop` pixels, black coming in (He et al. 2016). An ImageStream mirrors and cuts by itself."""
     if isinstance(images, ImageStream):
+        flip, crop = False, 0
         chosen = images.batch(position, size, seed)
-        return to_device(chosen, device or "cpu").float().div_(127.5).sub_(1)
-    device = device or images.device
-    index = batch_index(len(images), position, size, seed)
-    chosen = images[to_device(index, images.device)]
+    else:
+        index = batch_index(len(images), position, size, seed)
+        chosen = images[to_device(index, images.device)]
+    device = device or chosen.device
     real = to_device(chosen, device).float().div_(127.5).sub_(1)
     if flip:
         coins = torch.rand(size, 1, 1, 1, generator=rng(seed, position, "flip"))
         real = torch.where(to_device(coins < 0.5, device), real.flip(-1), real)
     if crop:
-        B, C, H, W = real.shape
-        how = dict(generator=rng(seed, position, "crop"))
-        shift = torch.randint(2 * crop + 1, (2, B, 1, 1, 1), **how)
+        H, W = real.shape[2:]
+        draw = rng(seed, position, "crop")
+        shift = torch.randint(2 * crop + 1, (2, size), generator=draw)
         dy, dx = to_device(shift, device)
-        b = torch.arange(B, device=device).view(B, 1, 1, 1)
-        c = torch.arange(C, device=device).view(C, 1, 1)
-        rows = dy + torch.arange(H, device=device).view(H, 1)  # (B, 1, H, 1)
-        columns = dx + torch.arange(W, device=device)  # (B, 1, 1, W)
-        real = F.pad(real, (crop,) * 4, value=-1)[b, c, rows, columns]
+        framed = F.pad(real, (crop,) * 4, value=-1)
+        windows = framed.unfold(2, H, 1).unfold(3, W, 1)  # (B, C, n, n, H, W)
+        real = windows[torch.arange(size, device=device), :, dy, dx]
     return real
 
 def to_uint8(images):
@@ -950,8 +939,7 @@ def untouched(*models):
 
 # ==================================================================================================
 # 5. TRAINING: one loop for every model and method. What it is made of:
-#      draw(step)             everything that is random or read from data, as tensors; a function
-#                             of (seed, step), so a killed run goes on to the same last bit
+#      draw(step)             tensors of all that is random or data; a function of (seed, step)
 #      update(draws)          -> {"losses": {name: scalar}, ...}, see section 4
 #      after_step(step, out)  what a method adds: measures, moves masks; True ends the training.
 #                             Its memory, `state`, is in the checkpoint; state["log"] is shown
@@ -991,13 +979,12 @@ def set_rate(optimizer, lr):
             group["lr"] = lr
 
 def graphed(update, warmup=3):
-    """`update` as a CUDA graph, one launch a step: a GAN's step is thousands of launches, and a GPU
-    waits half of the time for the next one.
+    """`update` as a CUDA graph: one launch a step, not thousands, which a GPU would wait for.
     The first calls run as they are, on a side stream: libraries choose their kernels there. Then a
-    call is captured, which records and does not run, and replayed from there on, on inputs that are
-    copied into its own. So update(draws) may read nothing but its tensors (masks, weights, states
-    change in place), draw no random number and wait for no value. What it returns is overwritten by
-    the next call, but for the losses. Where capture fails, it says so and goes on without."""
+    call is recorded, and replayed from there on, on inputs that are copied into its own. So
+    update(draws) may read nothing but its tensors (masks, weights, states change in place), draw no
+    random number and wait for no value. What it returns is overwritten by the next call, but for
+    the losses. Where recording fails, it says so and goes on without."""
     stream, graph, calls = torch.cuda.Stream(), torch.cuda.CUDAGraph(), itertools.count(1)
     inputs, out = [], None
 
@@ -1063,8 +1050,7 @@ def train(
     nets        nn.ModuleDict of roles; optimizers {role: optimizer}
     masks       {parameter name: mask}, changed in place by after_step only
     ema         nn.ModuleDict of copies of the roles that are averaged; ema_longest: longest decay
-    eval_every  steps between evaluations; there is one at the end, too, and unless the end is the
-                only one, one at `start`
+    eval_every  steps between evaluations; one is at the end and, where that is not all, at `start`
     checkpoint  a Checkpoint: a finished training returns at once, one that was cut off goes on
     A loss that is not finite ends it with FloatingPointError (on CUDA every tenth is looked at)."""
     masks, ema = masks or {}, ema or nn.ModuleDict()
@@ -1111,24 +1097,14 @@ def train(
         if checkpoint and (end or checkpoint.due()):
             check_finite(nets.named_parameters(), step)
             checkpoint.save(step, rows, recent, seconds, end)
-    return Trained(step, rows, earlier + time.perf_counter() - began)
+    return Trained(step, rows, seconds)
 
 def save_torch(path, content):
     """torch.save, atomically; tensors and plain values only, so that load_torch can read it."""
     write_atomically(path, lambda file: torch.save(content, file))
 
-@contextlib.contextmanager
-def reading(path):
-    """Whatever a damaged or foreign file leads to becomes a ValueError, one line with its name."""
-    try:
-        yield
-    except Exception as error:  # zip, pickle, json and torch each have their own
-        what = " ".join(repr(error).split())[:200]
-        raise ValueError(f"cannot read {path} ({what}); restore a copy or name another") from None
-
 def load_torch(path, device="cpu"):
-    """Read a file of ours: tensors and plain values. weights_only: a file that holds pickled code
-    is refused, not run."""
+    """The dict in a file of ours. weights_only: one that holds pickled code is refused, not run."""
     with reading(path):
         content = torch.load(path, map_location=device, weights_only=True)
         if content.get("format") != 1:
@@ -1136,13 +1112,12 @@ def load_torch(path, device="cpu"):
         return content
 
 def check_shapes(tensors, wanted):
-    """ValueError unless each of {name: tensor} has the shape of the wanted one of its name and
-    real, finite numbers of its own: expanded from few, a copy of them would fill the memory."""
+    """ValueError unless each of {name: tensor} is real, finite and shaped as the wanted one."""
     for name, tensor in tensors.items():
-        stored = tensor.untyped_storage().nbytes()  # fails for a sparse one
+        stored = tensor.untyped_storage().nbytes()  # less if expanded: a copy fills the memory
         fits = tensor.shape == wanted[str(name)].shape and tensor.nbytes <= stored
         if not fits or tensor.is_complex() or not tensor.isfinite().all():
-            raise ValueError(f"{name} {[*tensor.shape]} has another shape, or it is not finite")
+            raise ValueError(f"{name} has another shape, or is not finite")
 
 def read_json(path):
     """The dict in a JSON file; ValueError with its name when it is missing or damaged."""
@@ -1150,13 +1125,11 @@ def read_json(path):
         return dict(json.loads(path.read_text()))
 
 def write_text(path, text):
-    """A text file, atomically."""
     write_atomically(path, lambda file: file.write(text.encode()))
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold a run folder for this process; ValueError when another has it. The lock is the kernel's
-    and ends with the process, however that ends; processes that decode do not inherit it."""
+    """Hold a run folder, or ValueError. The lock ends with this process; no child inherits it."""
     import fcntl  # not on Windows
     with open(folder / ".lock", "w") as file:
         try:
@@ -1180,7 +1153,7 @@ class Checkpoint:
         """Copy the checkpoint into these; its (step, rows, recent, seconds, finished), or None."""
         self.parts = nets, ema, masks, optimizers, state
         path = self.done if self.done.exists() else self.last
-        Checkpoint.stop = None if self.done.exists() else 0
+        Checkpoint.stop = None if path == self.done else 0
         if not path.exists():
             return None
         saved = load_torch(path, next(nets.parameters()).device)
@@ -1205,44 +1178,41 @@ class Checkpoint:
         return [saved[k] for k in ("step", "rows", "recent", "seconds", "finished")]
 
     def save(self, step, rows, recent, seconds, finished):
-        """Write the parts and the numbers; when finished as done-NAME.pt."""
         nets, ema, masks, optimizers, state = self.parts
-        text, keys = io.StringIO(), dict.fromkeys(key for row in rows for key in row)
-        writer = csv.DictWriter(text, list(keys))  # all rows again: a column may appear late
+        text, columns = io.StringIO(), dict.fromkeys(itertools.chain(*rows))
+        writer = csv.DictWriter(text, columns)  # anew: one may appear late
         writer.writeheader()
         writer.writerows(rows)
         write_text(self.table, text.getvalue())
-        content = {"format": 1, "name": self.name, "step": step, "rows": rows, "recent": recent}
-        content |= {"seconds": seconds, "finished": finished, "state": state}
-        content |= {"weights": nets.state_dict(), "ema": ema.state_dict()}
-        content["masks"] = {name: mask.bool() for name, mask in masks.items()}
+        content = dict(format=1, name=self.name, step=step, rows=rows, recent=recent)
+        content |= dict(seconds=seconds, finished=finished, state=state)
+        content |= dict(weights=nets.state_dict(), ema=ema.state_dict())
+        content["masks"] = {n: m.bool() for n, m in masks.items()}
         path = self.done if finished else self.last
         if not finished:
             content["optimizers"] = {role: o.state_dict() for role, o in optimizers.items()}
         save_torch(path, content)
         self.written, self.good = time.perf_counter(), f"{path} (step {step})"
         if self.stop:
-            text = f"stopped; the same command goes on from {self.good}"
-            raise KeyboardInterrupt(self.stop, text)
+            said = f"stopped; the same command goes on from {self.good}"
+            raise KeyboardInterrupt(self.stop, said)
         if finished:
             Checkpoint.stop = None
             self.last.unlink(missing_ok=True)
 
-    def due(self):
-        """Is it time to save? A signal does not wait for the interval."""
+    def due(self):  # a signal does not wait
         return self.stop or time.perf_counter() - self.written >= self.every_s
 
 # ==================================================================================================
-# 6. SCORES: how much each weight matters, early in training. {name: tensor shaped like the
-#    weight}, larger = keep, for prune_masks. SNIP and GraSP are called inside `with scoring(...)`
-#    of all networks that the loss passes through, and then leave no trace in them.
+# 6. SCORES: {name: tensor shaped like the weight}, larger = keep, for prune_masks. SNIP and GraSP
+#    are called inside `with scoring(...)` of all networks that the loss passes through.
 
 @contextlib.contextmanager
 def scoring(*models):
     """`untouched`, and scores that depend on weights and data alone. Batch norm takes statistics of
     the batch (running ones are still empty), all else is in eval mode, and spectral norm's vectors
-    are settled, then still: with one iteration a forward, scores would depend on what the last
-    forward left. Of the kernels of attention only the plain one has the second derivative."""
+    are settled, then still: scores would depend on what the last forward left. Of the kernels of
+    attention only the plain one has the second derivative."""
     plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with untouched(*models), torch.enable_grad(), torch.random.fork_rng([]), plain:
         for layer in nn.ModuleList(models).modules():
@@ -1254,15 +1224,14 @@ def settle_spectral_norms_(model):
     """Iterate spectral norms' vectors 30 times from a fixed start, for the weights as they are."""
     for weight in model.modules():
         listed = isinstance(weight, nn.utils.parametrize.ParametrizationList)
-        if not listed or not hasattr(weight[0], "_u"):
-            continue
-        matrix = weight[0]._reshape_weight_to_matrix(weight.original.detach())
-        u = torch.randn(len(matrix), generator=rng(0, 0, "spectral norm")).to(matrix)
-        for _ in range(30):
-            v = F.normalize(matrix.T @ u, dim=0)
-            u = F.normalize(matrix @ v, dim=0)
-        weight[0]._u.copy_(u)
-        weight[0]._v.copy_(v)
+        if listed and hasattr(weight[0], "_u"):
+            norm = weight[0]
+            matrix = norm._reshape_weight_to_matrix(weight.original.detach())
+            start = rng(0, 0, "spectral norm")
+            norm._u.copy_(torch.randn(len(matrix), generator=start))
+            for _ in range(30):
+                norm._v.copy_(F.normalize(matrix.T @ norm._u, dim=0))
+                norm._u.copy_(F.normalize(matrix @ norm._v, dim=0))
 
 def score_magnitude(model):
     """|w|: the baseline that ignores the data, which a score that looks at data has to beat."""
@@ -1272,23 +1241,23 @@ def score_snip(model, loss, batches=1):
     """SNIP: |w dL/dw|, how fast the loss changes when the weight's mask leaves 1. Lee et al. 2019.
     loss(k) -> scalar on the k-th scoring batch, without weight decay, the same at every call.
     The absolute value is taken of the sum over batches; taken per batch it would score their noise.
-    A GAN's networks are scored apart, by G's and by D's loss: in a sum of both, which pull G's
-    weights in opposite directions, G's scores cancel, and in one pool with D's G is starved."""
+    A GAN's networks are scored apart, each by its own loss: in a sum of both G's scores cancel."""
     weights = prunable_parameters(model)
     tensors = list(weights.values())
     sums = [torch.zeros_like(w) for w in tensors]
     for k in range(batches):
         torch._foreach_add_(sums, torch.autograd.grad(loss(k), tensors))
-    return {name: (w.detach() * g).abs() for (name, w), g in zip(weights.items(), sums)}
+    scores = [(w.detach() * g).abs() for w, g in zip(tensors, sums)]
+    return dict(zip(weights, scores))
 
 def score_grasp(model, loss, batches=1):
     """GraSP: w (H g), how much of the squared gradient norm |g|^2 goes with the weight; H is the
     Hessian of the loss. Wang, Zhang & Grosse 2020. Arguments see score_snip.
     First g, summed over the batches. Then per batch the derivative of stop(g) . g_batch, which is
     H_batch g; without the stop 2 H g comes out. Mind the sign: the paper scores S = -w (H g) and
-    removes the LARGEST S, so the largest w (H g) stay. The other end, or an absolute value, prunes
-    what carries the gradient. For a classifier the paper divides the logits by 200 inside the loss,
-    in both passes: probabilities become nearly equal, and the ranking changes, also its signs."""
+    removes the LARGEST S. The other end, or an absolute value, prunes what carries the gradient.
+    For a classifier the paper divides the logits by 200 inside the loss, in both passes:
+    probabilities become nearly equal, and the ranking changes, also its signs."""
     weights = prunable_parameters(model)
     tensors = list(weights.values())
     sums = [torch.zeros_like(w) for w in tensors]
@@ -1300,7 +1269,8 @@ def score_grasp(model, loss, batches=1):
         inner = sum((stop * g).sum() for stop, g in zip(sums, gradients))
         parts = torch.autograd.grad(inner, tensors, materialize_grads=True)
         torch._foreach_add_(products, parts)
-    return {name: w.detach() * p for (name, w), p in zip(weights.items(), products)}
+    scores = [w.detach() * p for w, p in zip(tensors, products)]
+    return dict(zip(weights, scores))
 
 def scoring_losses(nets, draw, noise, objective, beta=1.0, temperature=1.0):
     """{prefix: (k) -> loss} by which networks are scored: "G." and "D." of a GAN, each by its own
@@ -1311,7 +1281,7 @@ def scoring_losses(nets, draw, noise, objective, beta=1.0, temperature=1.0):
 
     def loss_D(k):
         fake = nets["G"](noise(k, "D")).detach()
-        real, _ = draw(k)
+        real = draw(k)[0]
         return discriminator_loss(objective, nets["D"](real), nets["D"](fake))
 
     def loss_rest(k):
