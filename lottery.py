@@ -147,15 +147,17 @@ def decode_folder(folder, size, grey=False):
     cache = Path(f"{folder}-{size}{'-grey' * grey}-{digest}.npy")
     if cache.exists() and cache.stat().st_mtime > max(p.stat().st_mtime for p in paths):
         return torch.from_numpy(np.load(cache))
-    images = []
+    images, shown = [], time.monotonic()
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for image in pool.map(lambda p: decode_image(p, size, grey), paths):
-            if image is not None:
-                images.append(image)
-                if len(images) % 10_000 == 0:
-                    print(f"decoded {len(images)} of {len(paths)}", flush=True)
+        for k, image in enumerate(pool.map(lambda p: decode_image(p, size, grey), paths)):
+            images += [] if image is None else [image]
+            if time.monotonic() > shown + 10:
+                shown = time.monotonic()
+                print(f"decoded {k:,} of {len(paths):,} images", flush=True)
     if not images:
         raise ValueError(f"no readable image below {folder}: {IMAGE_ENDINGS}")
+    if len(images) < len(paths):
+        print(f"{len(paths) - len(images)} of {len(paths)} images are left out", flush=True)
     images = np.stack(images)
     if len(paths) >= 1000:
         with contextlib.suppress(OSError):
@@ -197,7 +199,8 @@ def load_images(name, root="data", size=None, train=True, labelled=False, grey=F
     if folder is None:
         return load_torchvision_set(name, root, size, train, labelled)
     if not folder.is_dir():
-        raise ValueError(f"no folder {folder}; pass a path or one of {', '.join(DATASETS)}")
+        known = f"{', '.join(DATASETS)} or a path (celeba: unzip img_align_celeba.zip there)"
+        raise ValueError(f"no folder {folder}; a data set is {known}")
     images = decode_folder(folder, size, grey)
     n = len(images)
     order = torch.randperm(n, generator=rng(0, 0, "held-out split"))
