@@ -2352,14 +2352,9 @@ EVALUATION = ("features", "inception_weights", "eval_images", "reference")
 NOT_IDENTITY = {*EVALUATION, "eval_every", "checkpoint_s", "device", "graph", "workers"}
 NOT_IDENTITY |= {"data", "out", "ratio_every"}  # ddst has ratios_per_decision
 
-class Row(NamedTuple):
-    """All there is to say about a setting, which is a flag too."""
-    default: object  # None: by method, model or data set
-    type: type
-    help: str
-    takes: object = ()  # choices, or the range of a number; ( and ) leave the end out
-    read_by: tuple = ()  # methods, or models, that read it; (): all
-    nargs: object = None
+# All there is to say about a setting, which is a flag, too. default: None is by method, model or
+# data set. takes: choices, or a range. read_by: the methods or models that read it, (): all.
+Row = collections.namedtuple("Row", "default type help takes read_by nargs", defaults=((), (), None))
 
 SETTINGS = {
     "method": Row("ddst", str, "how to train:", METHODS),
@@ -2474,8 +2469,8 @@ def resolve(given):
     method = given.get("method", DEFAULTS["method"])
     ticket = ticket_settings(given, method) if method in FROM_TICKET else {}
     first = given, ticket, BY_METHOD.get(method, {})
-    known = collections.ChainMap(*first, DEFAULTS)
-    model, dataset = known["model"], known["dataset"]
+    known = types.SimpleNamespace(**collections.ChainMap(*first, DEFAULTS))
+    model, dataset = known.model, known.dataset
     check_read(given, method, model)
     check(given)
     preset = {}
@@ -2484,7 +2479,7 @@ def resolve(given):
         if method == "earlybird":  # five epochs, as many after
             preset |= dict(batch_size=64, steps=2000)
     data = dict(DATASETS.get(dataset, FOLDER))
-    root = class_root(dataset, known["data"], model)
+    root = class_root(known)
     if root:
         data["classes"] = len(class_names(root))
         data["image_size"] = 224 if model in STAGES else 32
@@ -2547,10 +2542,10 @@ def derive(s, given):
             raise ValueError(message)
     return s
 
-def class_root(dataset, data, model):
+def class_root(s):
     """The folder whose train/ and val/ a classifier's images are streamed from, or None."""
-    if model in CLASSIFIERS and dataset != "celeba":
-        return image_folder(dataset, data)
+    if s.model in CLASSIFIERS and s.dataset != "celeba":
+        return image_folder(s.dataset, s.data)
 
 def ticket_settings(given, method):
     """Settings that a run inherits from its --ticket, and the file they are from, its digest."""
@@ -2613,21 +2608,19 @@ class Run:
 
     def load(self):
         """Read data and feature network. ValueError if something is missing; writes nothing."""
-        s = self.s
-        network = feature_network(s.features, s.inception_weights).to(s.device)
-        root = class_root(s.dataset, s.data, s.model)
+        s, self.reference = self.s, None
+        root, folder = class_root(s), image_folder(s.dataset, s.data)
         if root:
             how = s.image_size, s.workers, s.flip, s.grey
             self.images = ImageStream(root / "train", *how)
             self.held_out = ImageStream(root / "val", *how)
             self.labels, self.truth = self.images.labels, self.held_out.labels
         else:
-            how = dict(root=s.data, size=s.image_size, grey=s.grey)
-            how["labelled"] = s.model in CLASSIFIERS
-            self.images, self.labels = load_images(s.dataset, **how)
-            self.held_out, self.truth = load_images(s.dataset, train=False, **how)
+            how = s.data, s.image_size
+            more = dict(labelled=s.model in CLASSIFIERS, grey=s.grey)
+            self.images, self.labels = load_images(s.dataset, *how, **more)
+            self.held_out, self.truth = load_images(s.dataset, *how, train=False, **more)
             decode_folder.cache_clear()  # the whole set a second time: free it
-        folder = image_folder(s.dataset, s.data)
         s.data_listing = list_images(folder)[1] if folder else None
         s.data_images, held_out = len(self.images), len(self.held_out)
         if s.data_images < s.batch_size or not held_out:
@@ -2637,14 +2630,13 @@ class Run:
             free, _ = torch.cuda.mem_get_info(s.device)
             if self.images.numel() < free / 2:
                 self.images = self.images.to(s.device)
-        self.reference = None  # what generated images are compared with
         if s.model in SAMPLED:
             count, part = 2000, "held-out"
             if s.features == "inception":  # as FID is published
                 count, part = 50_000, "train"
             chosen = s.features, s.eval_images or count, s.reference or part
-            sets = self.images, self.held_out
-            self.reference = distance_reference(*sets, network, *chosen)
+            network = feature_network(s.features, s.inception_weights).to(s.device)
+            self.reference = distance_reference(self.images, self.held_out, network, *chosen)
 
     def fresh(self, draw=0):
         """Networks at their initial weights, on the run's device; draw see `build`."""
@@ -2667,9 +2659,9 @@ class Run:
 
         def draw(step):
             if "G" in nets:
-                steps_D = range(s.n_critic)
-                x = [real((step * s.n_critic + k) * B) for k in steps_D]
-                z_D = [self.noise(step, "latents D", k) for k in steps_D]
+                n = s.n_critic
+                x = [real((step * n + k) * B) for k in range(n)]
+                z_D = [self.noise(step, "latents D", k) for k in range(n)]
                 z_G = self.noise(step, "latents G", 0, s.g_batches)
                 return torch.stack(x), torch.stack(z_D), z_G
             if "encoder" in nets:
@@ -2691,18 +2683,17 @@ class Run:
 
     def dynamics(self, nets, optimizers, masks, state, start):
         """The after_step that moves masks (or none) and, of a GAN, measures the balance ratio."""
-        s = self.s
+        s, given = self.s, (nets, optimizers, masks, state)
         how = dict(steps=s.steps, seed=s.seed, how=s.grow, start=start)
         how["update_every"] = s.update_every
         if "G" not in nets:
-            return dynamic_layers(nets, optimizers, masks, state, **how)
+            return dynamic_layers(*given, **how)
         how |= dict(ratio_every=s.ratio_every, window_steps=s.window, amp=s.amp)
         if s.method == "ddst":
             limits = control_counts(of_role(masks, "D"), s.max_density_D)
             limits |= dict(low=s.band[0], high=s.band[1])
-            control = dict(every=s.every_D, first=s.first_D, limits=limits)
-            how["control"] = control
-        return dynamic_gan(nets, optimizers, masks, state, **how)
+            how["control"] = dict(every=s.every_D, first=s.first_D, limits=limits)
+        return dynamic_gan(*given, **how)
 
     def fit(self, name, nets, masks, start=0, after_step=None, state=None, average=None):
         """One named training; returns Trained, at once when it is done already. A method is a
@@ -2924,8 +2915,7 @@ def finish(run, nets, masks, done, **more):
     row |= {"steps": done.step, "density_G": None, "density_D": None}
     row["density"] = sum(counts.values()) / sum(whole.values())
     for role in nets:
-        total = sum(of_role(whole, role).values())
-        own = sum(of_role(counts, role).values())
+        own, total = (sum(of_role(part, role).values()) for part in (counts, whole))
         row[f"density_{role}"] = own / total
     row |= {"metric": last.get("metric_name"), "value": done.metric}
     also = "generated reference floor floor_images kid error balance_ratio"
@@ -2942,11 +2932,9 @@ def finish(run, nets, masks, done, **more):
     row["training_macs_relative"] = exact / dense[0]
     row["training_macs_relative_paper"] = paper / dense[1]
     row["seconds"] = round(sum(run.seconds.values()), 1)
-    content = {"format": 1, "settings": identity(s)}
+    content = {"format": 1, "settings": identity(s), "metrics": row}
     content["weights"] = run.for_use(nets, run.ema).state_dict()
     content["masks"] = {n: m.bool() for n, m in masks.items()}
-    about = "metric", "value", "reference", "floor", "kid"
-    content["metrics"] = {n: row[n] for n in about}
     save_torch(run.folder / "model.pt", content)
     write_text(run.folder / "summary.json", json.dumps(row | more, indent=1))
 
