@@ -961,11 +961,12 @@ class Trained(NamedTuple):
 def make_optimizer(kind, net, lr, betas=(0.9, 0.999)):
     """Adam, RMSprop (betas[1]: smoothing) or SGD (betas[0]: momentum; weight decay 1e-4). On CUDA
     such that a graph can hold its step: SGD's learning rate, which changes, is a tensor."""
-    weights, cuda = net.parameters(), next(net.parameters()).is_cuda
+    weights = list(net.parameters())
+    cuda, device = weights[0].is_cuda, weights[0].device
     if kind == "adam":
         optimizer = torch.optim.Adam(weights, lr, betas, fused=True, capturable=cuda)
     elif kind == "sgd":
-        rate = torch.tensor(lr, device="cuda") if cuda else lr
+        rate = torch.tensor(lr, device=device) if cuda else lr
         how = dict(weight_decay=1e-4, fused=cuda)
         optimizer = torch.optim.SGD(weights, rate, betas[0], **how)
     else:
@@ -2715,6 +2716,7 @@ class Run:
 
         draw, update = self.halves(nets, optimizers, masks)
         if s.device != "cpu":
+            torch.cuda.set_device(s.device)
             torch.backends.cudnn.benchmark = True
             update = graphed(update) if s.graph else update
         checkpoint = Checkpoint(self.folder, name, s.checkpoint_s)
