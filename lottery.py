@@ -2832,7 +2832,7 @@ def open_ticket(s, nets):
 
 def run_masked(run):
     """Train run.nets x run.masks from the rewind step on: dense, static, sdst and ddst from 0, and
-    tickets. --controls: their two controls; of elastic also itself, pruned there once."""
+    tickets, with --controls beside their two controls."""
     s, nets, masks, start = run.s, run.nets, run.masks, run.s.rewind_step
     theta, more = copy.deepcopy(nets.state_dict()), {}
     done = run.fit(s.method, nets, masks, start)
@@ -2840,13 +2840,6 @@ def run_masked(run):
     if s.controls:
         given = theta, masks, start, 1, s.seed
         results = train_controls(s.method, run.fresh, run.fit, *given)
-        if s.method == "elastic":
-            other = run.fresh()
-            if start:
-                run.fit("before", other, {}, 0, lambda step, out: step == start)
-            scores = score_magnitude(other)
-            once = prune_masks(scores, density(masks), keep_best=True)
-            results["one-shot"] = run.fit("magnitude", other, once, start)
         more["rounds"] = [round_row(run, 0, masks, results | {"ticket": done})]
     run.ema, run.spent = ema, spent
     finish(run, nets, masks, done, **more)
@@ -2941,7 +2934,7 @@ def finish(run, nets, masks, done, **more):
     write_text(run.folder / "summary.json", json.dumps(row | more, indent=1))
 
 COLUMNS = """method model dataset round steps density density_G density_D metric value
-dense ticket random shuffled one-shot verdict reference floor kid error
+dense ticket random shuffled verdict reference floor kid error
 balance_ratio kept macs_relative training_macs_relative seconds seeds""".split()
 
 def table(groups):
