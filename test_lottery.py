@@ -559,7 +559,9 @@ def test_every_kind_of_picture_is_read_alike_by_both_readers(tmp_path, kind):
         assert len(image) == (1 if grey else 3)
         if kind in ("16", "32", "float"):
             assert len(image.unique()) == 64 and (image.min(), image.max()) == (0, 255)
-        dark, bright = (image[:, 34:], image[:, :30]) if kind == "rotated" else (image[:, :32], image[:, 32:])
+        dark, bright = (
+            (image[:, 34:], image[:, :30]) if kind == "rotated" else (image[:, :32], image[:, 32:])
+        )
         assert kind in ("16", "32", "float") or (dark.max() < 9 and bright.min() > 190)
 
 
@@ -2734,7 +2736,9 @@ class Stub(nn.Module):
 def test_fid_is_of_fifty_thousand_images_against_the_whole_training_set_and_at_the_end_only(
     empty, monkeypatch
 ):
-    pixels = torch.randint(0, 256, (50_000, 3, 32, 32), dtype=torch.uint8, generator=L.rng(0, 0, "p"))
+    pixels = torch.randint(
+        0, 256, (50_000, 3, 32, 32), dtype=torch.uint8, generator=L.rng(0, 0, "p")
+    )
 
     def cifar(name, root, size, train, labelled=False):
         images = pixels if train else pixels[:10_000].flip(-1)
@@ -3605,7 +3609,17 @@ def test_tickets_models_and_checkpoints_that_are_damaged_are_one_line(empty, few
 
 
 @pytest.mark.parametrize("file", ["config.json", "summary.json"])
-@pytest.mark.parametrize("text", ["[1]", "3", "{", '{"rounds": 3, "environment": 3}', '{"rounds": [3], "environment": [1]}', "[" * 10**5])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1]",
+        "3",
+        "{",
+        '{"rounds": 3, "environment": 3}',
+        '{"rounds": [3], "environment": [1]}',
+        "[" * 10**5,
+    ],
+)
 def test_damaged_jsons_are_one_line(empty, capsys, file, text):
     argv = [*TINY, *"--steps 2 --out r".split()]
     run(*argv)
@@ -3628,8 +3642,27 @@ def test_words_that_a_terminal_does_not_have_do_not_end_a_run(empty, monkeypatch
     monkeypatch.setattr(sys, "stdout", text)  # and stderr as Python has it
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), "ascii", "backslashreplace"))
     for seed in (0, 1):
-        flags = ["--dataset", str(folder), "--method", "dense", "--model", "ae", "--seed", str(seed)]
-        assert L.main([*flags, *TINY[:4], *"--device cpu:0 --steps 2 --image-size 32 --out".split(), f"r{seed}"]) == 0
+        flags = [
+            "--dataset",
+            str(folder),
+            "--method",
+            "dense",
+            "--model",
+            "ae",
+            "--seed",
+            str(seed),
+        ]
+        assert (
+            L.main(
+                [
+                    *flags,
+                    *TINY[:4],
+                    *"--device cpu:0 --steps 2 --image-size 32 --out".split(),
+                    f"r{seed}",
+                ]
+            )
+            == 0
+        )
     assert L.main(["--table", "r0", "r1"]) == 0
     assert L.main("--evaluate r0 --device cpu:0".split()) == 0
     monkeypatch.undo()
@@ -3641,7 +3674,9 @@ def test_words_that_a_terminal_does_not_have_do_not_end_a_run(empty, monkeypatch
     assert b" ? " in text.buffer.getvalue() and b"caf?" in text.buffer.getvalue()
 
 
-@pytest.mark.parametrize("more", ["--model wgan --lr 1e308", "--model resnet14 --lr 1e308", "--model vae --beta 1e308"])
+@pytest.mark.parametrize(
+    "more", ["--model wgan --lr 1e308", "--model resnet14 --lr 1e308", "--model vae --beta 1e308"]
+)
 @pytest.mark.parametrize("method", ["dense", "snip"])
 def test_huge_rates_diverge_in_one_line(empty, few, capsys, method, more):
     argv = f"--method {method} {more} --width .05 --batch-size 4 --steps 3 --device cpu --out r".split()
@@ -3649,7 +3684,9 @@ def test_huge_rates_diverge_in_one_line(empty, few, capsys, method, more):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_folder_of_images_is_the_same_when_a_run_continues_and_no_run_is_data(empty, capsys, monkeypatch):
+def test_a_folder_of_images_is_the_same_when_a_run_continues_and_no_run_is_data(
+    empty, capsys, monkeypatch
+):
     photos = pictures(empty / "photos", 70)
     flags = f"--dataset . --method dense --model ae --width .03 --batch-size 4 --steps 2 --image-size 32 --device cpu".split()
     monkeypatch.chdir(photos)
@@ -3824,7 +3861,10 @@ def test_a_run_that_ends_at_any_renaming_goes_on_to_the_same_bits(empty):
         assert code(0, out) == 0
         for name in ("model.pt", "ticket-01.pt", "done-dense.pt", "done-round-01.pt"):
             a, b = read(f"{out}/{name}"), read(f"whole/{name}")
-            assert all(same(a[k], b[k]) for k in {"weights", "masks", "theta"} & set(a)), (count, name)
+            assert all(same(a[k], b[k]) for k in {"weights", "masks", "theta"} & set(a)), (
+                count,
+                name,
+            )
         assert not list(Path(out).glob(".*.tmp")) and not Path(out, "last.pt").exists()
     assert 12 < count < 99
 
@@ -3893,7 +3933,9 @@ def test_on_cuda_a_graph_trains_as_plain_steps_do_and_goes_on_after_a_kill(
     run(True, tmp_path, 17)  # its last checkpoint is of step 16
     again = run(True, tmp_path)
     for name, other in (("graph", graph), ("continued", again)):
-        far = max(float((plain[0][n].double() - other[0][n].double()).abs().max()) for n in plain[0])
+        far = max(
+            float((plain[0][n].double() - other[0][n].double()).abs().max()) for n in plain[0]
+        )
         print(f"{method}, {name}: largest difference to plain steps {far:.3g}")
         assert L.counts_of(plain[1]) == L.counts_of(other[1])
         assert far < 1e-2 or far == 0
