@@ -1322,8 +1322,7 @@ def scoring_losses(nets, draw, noise, objective, beta=1.0, temperature=1.0):
 
 # ==================================================================================================
 # 7. TICKETS: a dense network holds a sparse one which, trained alone from (nearly) the same start,
-#    does as well: a winning ticket. Frankle & Carbin 2019; for generative models Kalibhat et al.
-#    2021. First the whole idea in one page, on two layers; then the loop for any model.
+#    does as well: a winning ticket. Frankle & Carbin 2019; generative: Kalibhat et al. 2021.
 
 def two_layer_tickets(rounds=8, rate=0.2, steps=500, seed=0):
     """The whole idea: train, prune, rewind, retrain; an autoencoder of 8 x 8 pictures, in seconds.
@@ -1369,8 +1368,7 @@ def iterative_magnitude_pruning(
     make_nets, train_fn, densities, *,
     rewind_step=0, scope="global", prune=None, controls=False, seed=0
 ):
-    """Train, keep the largest weights, rewind, repeat: a generator of Rounds. Frankle & Carbin
-    2019; late rewinding Frankle et al. 2020; for generative models Kalibhat et al. 2021.
+    """Train, keep the largest weights, rewind, repeat: a generator of Rounds. Frankle et al. 2020.
     make_nets    (draw) -> nn.ModuleDict of fresh networks; 0: this run's start, 1, 2, ...: others
     train_fn     (name, nets, masks, start, after_step, state) -> anything; trains `nets` in place
                  from step `start`, calls after_step(steps done, out), checkpoints `state` too
@@ -1419,11 +1417,9 @@ def train_controls(name, make_nets, train_fn, theta, masks, start, draw, seed):
 def round_densities(rate=0.2, rounds=None, density=None):
     """[1 - rate, (1 - rate)^2, ...]: `rounds` of them, or down to `density`, the last cut to it."""
     if density:  # 1e-9: .8 ** 3 is three rounds, not four
-        rounds = math.ceil(math.log(density, 1 - rate) - 1e-9)
+        rounds = math.ceil(math.log(density, 1 - rate) - 1e-9) - 1
     shares = [(1 - rate) ** k for k in range(1, rounds + 1)]
-    if density:
-        shares[-1:] = [density]
-    return shares
+    return [*shares, density] if density else shares
 
 def verdict(dense, ticket, random=None, higher=False):
     """A ticket's metric beside the dense network's and its random control's; "-" without one.
@@ -1446,8 +1442,8 @@ def choose_round(verdicts):
 
 def save_ticket(path, theta, masks, settings, number, metrics):
     """A ticket file: the dense weights at the rewind step, the masks (bool), and their origin."""
-    content = {"format": 1, "settings": settings, "theta": theta}
-    content |= {"round": number, "density": density(masks), "metrics": metrics}
+    content = dict(format=1, settings=settings, theta=theta)
+    content |= dict(round=number, density=density(masks), metrics=metrics)
     content["masks"] = {n: m.bool() for n, m in masks.items()}
     save_torch(path, content)
 
@@ -1466,8 +1462,7 @@ def transfer_ticket(theta, masks, target, roles=None):
     """A ticket into another model: decoder <-> generator, encoder <-> discriminator. Kalibhat 2021.
     target  state dict of the freshly initialised target; it is left alone
     roles   the target's networks that receive; None: all
-    Returns its (theta, masks, names received). Tensors of the same name and shape inside the role
-    are copied, buffers too; the rest is fresh and dense."""
+    Returns (theta, masks, names received): same name and shape in the role; the rest is fresh."""
     kin = {"G": "decoder", "decoder": "G", "D": "encoder", "encoder": "D"}
     new = {n: v.clone() for n, v in target.items()}
     new_masks, received = {}, []
@@ -1484,20 +1479,18 @@ def transfer_ticket(theta, masks, target, roles=None):
                 if name in given_masks:
                     new_masks[own] = given_masks[name].clone()
         if not weights:
-            raise ValueError(f"the ticket has no weight in the shape of one in {role}")
+            raise ValueError(f"no weight in the shape of one in {role}")
     if not new_masks:
         raise ValueError("the ticket prunes nothing that these can receive")
     return new, new_masks, received
 
 # ==================================================================================================
 # 8. EARLY BIRD: whole channels instead of single weights, found in the first epochs by the scales
-#    of batch norm, and cut out: the network that is left is smaller and faster on any hardware.
-#    You et al. 2020; for generative models Kalibhat et al. 2021.
+#    of batch norm, and cut out: smaller and faster. You et al. 2020; Kalibhat et al. 2021.
 
 class Chain(NamedTuple):
-    """Channels that can be cut, by module names: `conv` makes them, `norm` scales them, `consumers`
-    read them. Between norm and consumers each channel must go its own way and 0 must stay 0: ReLU,
-    pooling, upsampling, flatten; but no residual sum, to which other layers add."""
+    """Channels that can be cut, by module names: `conv` makes, `norm` scales, `consumers` read them.
+    Between norm and consumers 0 must stay 0 and each channel alone: there is no residual sum."""
     conv: str
     norm: str
     consumers: tuple
@@ -1529,12 +1522,11 @@ def gammas_of(model, chains):
     return {conv: norm.weight.detach().abs() for conv, norm in norms.items()}
 
 def channel_masks(model, fraction, chains, scope="global"):
-    """{chain's conv: bool (C,), True = keep}: the round(fraction x channels) of largest |scale|.
-    scope  pool of channels: "global" (published), "network", "layer". One pool mixes layers whose
-           scales differ: of a VAE's last layers nearly nothing is left
-    The best channel of every layer stays, or the network is cut in two."""
+    """{chain's conv: bool (C,), True = keep}: the round(fraction x channels) of largest |scale|, and
+    of every layer the best, or the network is cut in two. scope: "global" (published), "network",
+    "layer". One pool mixes layers whose scales differ: of a VAE's last nearly nothing is left."""
     if not chains:
-        raise ValueError("no chains: no batch norm between layers, or Bottleneck")
+        raise ValueError("no batch norm between layers, or Bottleneck")
     gammas = gammas_of(model, chains)
     if scope == "global":
         least = len(gammas) / sum(map(len, gammas.values()))
@@ -1611,13 +1603,11 @@ def cut_(layer, name, keep, side=0):
         dim = 1 - side  # of (in, out, kh, kw)
     entries = torch.arange(old.shape[dim]).view(len(keep), -1)
     index = entries[keep.cpu()].flatten().to(old.device)
-    new = old.detach().index_select(dim, index)
+    new = old.data.index_select(dim, index)
     last = torch.channels_last
     if old.dim() == 4 and old.is_contiguous(memory_format=last):
         new = new.contiguous(memory_format=last)
-    if isinstance(old, nn.Parameter):
-        new = nn.Parameter(new, old.requires_grad)
-    setattr(layer, name, new)
+    old.data = new
     widths = "num_features out_channels out_features", "in_channels in_features"
     for width in vars(layer).keys() & widths[side].split():
         setattr(layer, width, len(index))  # what the layer says of itself
@@ -1625,8 +1615,8 @@ def cut_(layer, name, keep, side=0):
 def slim(model, masks, chains):
     """A copy of `model` that has only the channels that `masks` keep: narrower layers, same names.
     masks   {chain's conv: bool (C,)} of channel_masks; chains of channel_chains, or by hand
-    A channel that is cut counts as scale = shift = 0. Scale alone (public code) will not do: it
-    still emits its shift, and no bias of the next layer replaces a constant whose padding is 0."""
+    A channel that is cut counts as scale = shift = 0. With scale 0 alone (public code) it emits its
+    shift, and no bias of the next layer replaces that: at the border it is padded with 0."""
     check_chains(model, chains)
     small = copy.deepcopy(model)
     for chain in chains:
@@ -1660,8 +1650,7 @@ def load_model(path, device="cpu"):
         check_shapes({name: weights[name] for name in empty}, empty)
         check_shapes(saved["masks"], empty)
         nets.to_empty(device=device).load_state_dict(weights)
-        masks = {n: m.float() for n, m in saved["masks"].items()}
-        apply_masks_(nets, masks)
+        apply_masks_(nets, {n: m.float() for n, m in saved["masks"].items()})
     return nets.eval(), saved
 
 # ==================================================================================================
@@ -1970,10 +1959,9 @@ def role_densities(nets, masks):
 
 def block_map(source, target, order="append"):
     """[source block of target block 0, 1, ...] for a stage of `source` blocks. Chen et al. 2021.
-    Block 0 stays. The others, the units, are copied equally often, the earlier ones once more where
-    it does not come out even (later units are sparser). "append": all copies stand behind the last
-    unit that is copied; "interpolate": each behind its source. A squeeze, of which the paper says
-    little, drops the tail, or keeps the first of each group that an interpolated stretch makes."""
+    Block 0 stays. The others, the units, are copied equally often, some of the first once more.
+    "append": copies stand behind the last copied unit; "interpolate": each behind its source. A
+    squeeze, of which the paper says little, drops the tail, or keeps the first of each group."""
     if order not in ("append", "interpolate"):
         raise ValueError(f"order is append or interpolate; got {order!r}")
     if target == 1 or order == "append" and target <= source:
@@ -1990,10 +1978,9 @@ def block_map(source, target, order="append"):
     return [0, *units[:last], *copies, *units[last:]]
 
 def residual_blocks(names):
-    """([blocks per stage], {name: (stage, block, before, after)}) of a ResNet of basic blocks, from
-    the names of its tensors: "net.blocks.4.conv1.weight" (CIFAR, blocks counted through three equal
-    stages) or "layer2.1.downsample.0.weight" (torchvision, counted in each stage).
-    A name is before + number of its block + after; those of stem and head are left out."""
+    """([blocks per stage], {name: (stage, block, before, after)}) of a ResNet of basic blocks. Names
+    are before + number + after, "net.blocks.4.conv1.weight" (CIFAR, counted through three equal
+    stages) or "layer2.1.downsample.0.weight" (torchvision); stem and head are left out."""
     inside = r"(.*\b(?:blocks|layer(\d))\.)(\d+)(\..*)"
     matches = [re.fullmatch(inside, name) for name in names]
     found = {m[0]: m.groups() for m in matches if m}
@@ -2020,7 +2007,7 @@ def remap_blocks(tensors, maps):
     for blocks, count in zip(maps, counts):
         fits = fits and blocks[:1] == [0] and {*blocks[1:]} <= {*range(1, count)}
     if not fits:
-        raise ValueError(f"the maps {maps} do not fit stages of {counts} blocks")
+        raise ValueError(f"{maps} do not fit stages of {counts} blocks")
     out = {}
     for name, tensor in tensors.items():
         if name not in places:
@@ -2203,8 +2190,7 @@ def distance_reference(images, held_out, network, features, count, part="held-ou
     """What `count` generated images are compared with, a dict; None below 640 real images, ten
     times the 64 features: with less a distance is mostly bias.
     images, held_out  uint8 (N, c, S, S); features: the name of `network`
-    part              "train": all of `images`, as FIDs are published (Wang et al. 2023);
-                      "held-out": the first `count` of those, which is stricter
+    part              "train", as FIDs are published; "held-out": `count` of those, stricter
     columns           name of the distance ("FD-random-2k", with the Inception weights "FID-50k"),
                       reference, and floor: the distance of `count` real images of the other part"""
     real, other = held_out[:count], images[:count]
@@ -2242,9 +2228,8 @@ def measure(nets, held_out, truth, reference=None, seed=0):
 @torch.no_grad()
 def mac_positions(model, *inputs):
     """{name of prunable weight: positions per image at which it works}: a convolution's output
-    pixels, a transposed one's input pixels, a sequence's length, else 1. A layer's MACs per image
-    are positions x weights kept. Not counted: biases, norms, queries x keys, and weights used
-    without a call of their module. inputs: of one forward, B = 1."""
+    pixels, a transposed one's input pixels, a sequence's length, else 1. MACs are positions x
+    weights kept; not counted: queries x keys, weights used without a call of their module. B = 1"""
     found, model = collections.Counter(), copy.deepcopy(model).eval()
     first = {id(w): name for name, w in prunable_parameters(model).items()}
     kind = nn.MultiheadAttention  # reads the weight of its out_proj
@@ -2254,8 +2239,8 @@ def mac_positions(model, *inputs):
         while isinstance(output, tuple):  # attention, recurrent layers
             output = output[0]
         if isinstance(module, kind):
-            lengths = {x.shape[:-1] for x in (output, *args[1:3])}
-            if len(lengths) > 1:
+            lengths = {x.shape[:-1] for x in args[1:3]}
+            if lengths != {output.shape[:-1]}:
                 raise ValueError(f"{name}: MACs need keys as many as queries")
         area = args[0] if getattr(module, "transposed", False) else output
         channels = -1 - len(getattr(module, "kernel_size", ()))
@@ -2304,10 +2289,12 @@ def training_macs(
         elif n_critic:
             step = B_D * (f_G + 6 * f_D) + B_G * (3 * f_G + 2 * f_D)
         total += (until - since) * step
-        for role in [] if paper else read:
+        if paper:
+            continue
+        for role in read:
             images = {"G": B_G, "D": 2 * B}.get(role, B)
             total += images * (forward({}, f"{role}.") - forward(counts, f"{role}."))
-        if ratio_every and n_critic and not paper:
+        if ratio_every:
             ratios = until // ratio_every - since // ratio_every
             total += ratios * (B_G * (f_G + 2 * f_D) + B * f_D)
     return total
