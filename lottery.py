@@ -1339,7 +1339,7 @@ def two_layer_tickets(rounds=8, rate=0.2, steps=500, seed=0):
     def trained(net, masks):
         adam = torch.optim.Adam(net.parameters(), 1e-3)  # fresh moments
         for step in range(steps):
-            apply_masks_(net, masks)  # before the first forward, too
+            apply_masks_(net, masks)
             real = x[batch_index(len(x), 64 * step, 64, seed)]
             adam.zero_grad()
             F.mse_loss(net(real), real).backward()
@@ -1361,8 +1361,8 @@ class Round(NamedTuple):
     """One round of iterative_magnitude_pruning; number 0 is the dense training."""
     number: int
     masks: dict  # flat, {} in round 0
-    theta: dict  # the dense state dict at the rewind step
-    results: dict  # of train_fn: "ticket", perhaps "random", "shuffled"
+    theta: dict  # dense, at the rewind step
+    results: dict  # "ticket", perhaps "random", "shuffled"
 
 def iterative_magnitude_pruning(
     make_nets, train_fn, densities, *,
@@ -1379,7 +1379,7 @@ def iterative_magnitude_pruning(
     nets, state = make_nets(0), {}
 
     def keep_theta(step, out=None):
-        if step == rewind_step:  # not copied it would train along
+        if step == rewind_step:  # a copy: it trains along
             state["theta"] = copy.deepcopy(nets.state_dict())
 
     keep_theta(0)
@@ -1460,8 +1460,7 @@ def load_ticket(path, device="cpu"):
 
 def transfer_ticket(theta, masks, target, roles=None):
     """A ticket into another model: decoder <-> generator, encoder <-> discriminator. Kalibhat 2021.
-    target  state dict of the freshly initialised target; it is left alone
-    roles   the target's networks that receive; None: all
+    target: state dict of the fresh target, left alone; roles: its networks that receive, None: all
     Returns (theta, masks, names received): same name and shape in the role; the rest is fresh."""
     kin = {"G": "decoder", "decoder": "G", "D": "encoder", "encoder": "D"}
     new = {n: v.clone() for n, v in target.items()}
@@ -1489,15 +1488,15 @@ def transfer_ticket(theta, masks, target, roles=None):
 #    of batch norm, and cut out: smaller and faster. You et al. 2020; Kalibhat et al. 2021.
 
 class Chain(NamedTuple):
-    """Channels that can be cut, by module names: `conv` makes, `norm` scales, `consumers` read them.
-    Between norm and consumers 0 must stay 0 and each channel alone: there is no residual sum."""
+    """Channels that can be cut, by name: `conv` makes, `norm` scales, `consumers` read them.
+    Between norm and consumers 0 must stay 0 and channels must not meet: no residual sum."""
     conv: str
     norm: str
     consumers: tuple
 
 def channel_chains(model):
-    """The Chains of any model of our Encoder, Decoder, UpBlock, DownBlock, BasicBlock, torchvision's
-    BasicBlock (not Bottleneck). Residual sums and layers without batch norm are in none."""
+    """The Chains of any model of our Encoder, Decoder, UpBlock, DownBlock, BasicBlock or
+    torchvision's BasicBlock (not Bottleneck). Residual sums, layers without batch norm: in none."""
     chains = []
     for path, module in model.named_modules():
         found = []
@@ -1522,15 +1521,14 @@ def gammas_of(model, chains):
     return {conv: norm.weight.detach().abs() for conv, norm in norms.items()}
 
 def channel_masks(model, fraction, chains, scope="global"):
-    """{chain's conv: bool (C,), True = keep}: the round(fraction x channels) of largest |scale|, and
-    of every layer the best, or the network is cut in two. scope: "global" (published), "network",
+    """{chain's conv: bool (C,), True: kept}: the round(fraction x channels) of largest |scale|. The
+    best of a layer stays, or the network is cut in two. scope: "global" (published), "network",
     "layer". One pool mixes layers whose scales differ: of a VAE's last nearly nothing is left."""
     if not chains:
         raise ValueError("no batch norm between layers, or Bottleneck")
     gammas = gammas_of(model, chains)
     if scope == "global":
-        least = len(gammas) / sum(map(len, gammas.values()))
-        fraction = max(fraction, least)
+        fraction = max(fraction, len(gammas) / sum(map(len, gammas.values())))
     masks = prune_masks(gammas, fraction, scope=scope, keep_best=True)
     return {conv: mask.bool() for conv, mask in masks.items()}
 
@@ -1575,8 +1573,7 @@ def check_chains(model, chains):
     """ValueError for what `slim` would cut wrongly: layers with groups, a parametrised or a shared
     weight, norms that mix channels, and what stands before a consumer with numbers per channel."""
     order = list(dict(model.named_modules(remove_duplicate=False)))
-    named = model.named_parameters(remove_duplicate=False)
-    owners = collections.Counter(id(p) for _, p in named)
+    owners = collections.Counter(map(id, model.state_dict(keep_vars=True).values()))
     norms = nn.modules.batchnorm._BatchNorm
     for chain in chains:
         if not isinstance(model.get_submodule(chain.norm), norms):
@@ -1596,8 +1593,8 @@ def check_chains(model, chains):
                 raise ValueError(f"{name} cannot be cut beside {chain.norm}")
 
 def cut_(layer, name, keep, side=0):
-    """Leave the channels `keep` (bool) of a layer's parameter or buffer: of those that come out of
-    the layer, or, side 1, of those that go in; behind a flatten each of them is H x W entries."""
+    """Leave the channels `keep` (bool) of a parameter or buffer, and of the widths that the layer
+    says it has; side 0: they come out, 1: they go in, behind a flatten each as H x W entries."""
     old, dim = getattr(layer, name), side
     if name == "weight" and getattr(layer, "transposed", False):
         dim = 1 - side  # of (in, out, kh, kw)
@@ -1610,7 +1607,7 @@ def cut_(layer, name, keep, side=0):
     old.data = new
     widths = "num_features out_channels out_features", "in_channels in_features"
     for width in vars(layer).keys() & widths[side].split():
-        setattr(layer, width, len(index))  # what the layer says of itself
+        setattr(layer, width, len(index))
 
 def slim(model, masks, chains):
     """A copy of `model` that has only the channels that `masks` keep: narrower layers, same names.
@@ -1637,7 +1634,7 @@ def load_model(path, device="cpu"):
     with reading(path):
         s, weights = saved["settings"], saved["weights"]
         size = s["image_size"], s["channels"], s["width"], s.get("z")
-        with torch.device("meta"):  # allocated when all shapes are compared
+        with torch.device("meta"):  # shapes are compared first
             nets = build(s["model"], *size, classes=s["classes"])
         masks, chains = {}, channel_chains(nets)
         for chain in chains:  # as many channels as the file has
@@ -1978,8 +1975,8 @@ def block_map(source, target, order="append"):
     return [0, *units[:last], *copies, *units[last:]]
 
 def residual_blocks(names):
-    """([blocks per stage], {name: (stage, block, before, after)}) of a ResNet of basic blocks. Names
-    are before + number + after, "net.blocks.4.conv1.weight" (CIFAR, counted through three equal
+    """([blocks per stage], {name: (stage, block, before, after)}) of a ResNet of basic blocks. A
+    name is before + number + after, "net.blocks.4.conv1.weight" (CIFAR, counted through three equal
     stages) or "layer2.1.downsample.0.weight" (torchvision); stem and head are left out."""
     inside = r"(.*\b(?:blocks|layer(\d))\.)(\d+)(\..*)"
     matches = [re.fullmatch(inside, name) for name in names]
@@ -2003,10 +2000,9 @@ def remap_blocks(tensors, maps):
     """A dict of tensors (weights and statistics, or masks) for another depth: target block t of
     stage s is source block maps[s][t], the rest is taken one to one. Copies, without rescaling."""
     counts, places = residual_blocks(tensors)
-    fits = len(maps) == len(counts)
-    for blocks, count in zip(maps, counts):
-        fits = fits and blocks[:1] == [0] and {*blocks[1:]} <= {*range(1, count)}
-    if not fits:
+    pairs = zip(maps, counts)
+    fits = [b[:1] == [0] and {*b[1:]} <= {*range(1, n)} for b, n in pairs]
+    if len(maps) != len(counts) or not all(fits):
         raise ValueError(f"{maps} do not fit stages of {counts} blocks")
     out = {}
     for name, tensor in tensors.items():
@@ -2028,17 +2024,16 @@ def stretch(tensors, blocks, order="append"):
 squeeze = stretch  # in the order "interpolate" it undoes a stretch
 
 def elastic_ticket(theta, masks, target, maps):
-    """(theta, masks, fresh): remap_blocks of a ticket, to fit the state dict `target`.
-    A last layer for another number of classes is the target's own, dense, and named in `fresh`.
-    Batch norm's statistics are those of another depth until it is trained."""
+    """(theta, masks, fresh): remap_blocks of a ticket, to fit the state dict `target`. A last layer
+    for other classes is the target's, dense, and in `fresh`. Batch norm's statistics do not fit."""
     theta, masks = remap_blocks(theta, maps), remap_blocks(masks, maps)
     fresh = []
     for name, value in target.items():
-        old, new = theta.get(name, value).shape, value.shape
+        old, new = tuple(theta.get(name, value).shape), tuple(value.shape)
         if old == new:
             continue
         if not re.search(r"\bfc\.\w+$", name):
-            raise ValueError(f"{name} is {[*old]} in the ticket, not {[*new]}")
+            raise ValueError(f"the ticket does not fit: {name} is {old}, not {new}")
         fresh.append(name)
         theta[name] = value.clone()
         if name in masks:
@@ -2197,7 +2192,7 @@ def distance_reference(images, held_out, network, features, count, part="held-ou
     if part == "train":
         real, other = images, held_out[:count]
     if len(real) < 640:
-        print(f"no distance: {len(real)} {part} images, 640 are needed")
+        print(f"no distance: {len(real)} {part} images are too few, 640 are needed")
         return None
     kind = "FID" if features == "inception" else f"FD-{features}"
     number = f"{count // 1000}k" if count % 1000 == 0 else count
