@@ -1299,8 +1299,7 @@ def scoring_losses(nets, draw, noise, objective, beta=1.0, temperature=1.0):
 
 # ==================================================================================================
 # 7. TICKETS: a dense network holds a sparse one which, trained alone from (nearly) the same start,
-#    does as well: a winning ticket. Frankle & Carbin 2019; for generative models Kalibhat et al.
-#    2021. First the whole idea in one page, on two layers; then the loop for any model.
+#    does as well: a winning ticket. Frankle & Carbin 2019; generative: Kalibhat et al. 2021.
 
 def two_layer_tickets(rounds=8, rate=0.2, steps=500, seed=0):
     """The whole idea: train, prune, rewind, retrain; an autoencoder of 8 x 8 pictures, in seconds.
@@ -1311,14 +1310,13 @@ def two_layer_tickets(rounds=8, rate=0.2, steps=500, seed=0):
     def fresh(draw):
         net = nn.Sequential(nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 192))
         for i, p in enumerate(net.parameters()):
-            g = rng(seed, i, "weights", draw)
-            nn.init.uniform_(p, -0.1, 0.1, generator=g)
+            nn.init.uniform_(p, -0.1, 0.1, rng(seed, i, "weights", draw))
         return net
 
     def trained(net, masks):
-        adam = torch.optim.Adam(net.parameters(), 1e-3)  # fresh moments in every round
+        adam = torch.optim.Adam(net.parameters(), 1e-3)  # fresh moments
         for step in range(steps):
-            apply_masks_(net, masks)  # before the first forward, too
+            apply_masks_(net, masks)
             real = x[batch_index(len(x), 64 * step, 64, seed)]
             adam.zero_grad()
             F.mse_loss(net(real), real).backward()
@@ -1327,12 +1325,10 @@ def two_layer_tickets(rounds=8, rate=0.2, steps=500, seed=0):
         return F.mse_loss(net(unseen), unseen).item()
 
     net, masks = fresh(0), {}
-    start = copy.deepcopy(net.state_dict())  # state_dict() alone would train along
     results = [(1.0, trained(net, masks), math.nan)]  # train
     for k in range(1, rounds + 1):
-        weights = {n: w.abs() for n, w in prunable_parameters(net).items()}
-        masks = prune_masks(weights, (1 - rate) ** k, masks)  # prune
-        net.load_state_dict(start)  # rewind
+        masks = prune_masks(score_magnitude(net), (1 - rate) ** k, masks)  # prune
+        net = fresh(0)  # rewind
         ticket = trained(net, masks)  # retrain
         random = trained(fresh(k), masks)  # is it the weights?
         results.append((density(masks), ticket, random))
@@ -1342,28 +1338,25 @@ class Round(NamedTuple):
     """One round of iterative_magnitude_pruning; number 0 is the dense training."""
     number: int
     masks: dict  # flat, {} in round 0
-    theta: dict  # the dense state dict at the rewind step
-    results: dict  # of train_fn: "ticket", with controls "random", "shuffled"
+    theta: dict  # dense, at the rewind step
+    results: dict  # "ticket", perhaps "random", "shuffled"
 
 def iterative_magnitude_pruning(
     make_nets, train_fn, densities, *,
     rewind_step=0, scope="global", prune=None, controls=False, seed=0
 ):
-    """Train, keep the largest weights, rewind, repeat: a generator of Rounds. Frankle & Carbin
-    2019; late rewinding Frankle et al. 2020; for generative models Kalibhat et al. 2021.
+    """Train, keep the largest weights, rewind, repeat: a generator of Rounds. Frankle et al. 2020.
     make_nets    (draw) -> nn.ModuleDict of fresh networks; 0: this run's start, 1, 2, ...: others
     train_fn     (name, nets, masks, start, after_step, state) -> anything; trains `nets` in place
-                 from step `start`, with after_step(steps done, out) after each step. If it can be
-                 interrupted it saves `state` with its checkpoint
+                 from step `start`, calls after_step(steps done, out), checkpoints `state` too
     densities    share kept after each round, falling, see round_densities
-    rewind_step  k: survivors go back to what they were after k steps of the dense training
-    prune        the roles that are pruned (names up to the first dot); None: all
-    Buffers are rewound too. Learning rate and data go on from k, optimizers start fresh. Trained
-    weights are ranked, not their average."""
+    rewind_step  k: survivors and buffers go back to step k of the dense training, learning rate
+                 and data go on from there, optimizers start fresh
+    prune        the roles that are pruned (names up to the first dot); None: all"""
     nets, state = make_nets(0), {}
 
     def keep_theta(step, out=None):
-        if step == rewind_step:  # a copy: state_dict() alone would train along
+        if step == rewind_step:  # a copy: it trains along
             state["theta"] = copy.deepcopy(nets.state_dict())
 
     keep_theta(0)
@@ -1371,15 +1364,14 @@ def iterative_magnitude_pruning(
     theta, masks = state["theta"], {}
     yield Round(0, masks, theta, {"ticket": dense})
     for k, share in enumerate(densities, 1):
-        weights = {}
-        for name, w in prunable_parameters(nets).items():
-            if not prune or name.split(".")[0] in prune:
-                weights[name] = w.detach().abs()
+        pruned = nn.ModuleDict({r: nets[r] for r in nets if r in (prune or nets)})
+        weights = {n: w.abs() for n, w in prunable_parameters(pruned).items()}
         masks = prune_masks(weights, share, masks, scope, keep_best=True)  # prune
         nets.load_state_dict(theta)  # rewind
         apply_masks_(nets, masks)  # before the first forward
         name = f"round-{k:02}"
-        results = {"ticket": train_fn(name, nets, masks, rewind_step, None, {})}  # retrain
+        ticket = train_fn(name, nets, masks, rewind_step, None, {})  # retrain
+        results = {"ticket": ticket}
         if controls:
             given = theta, masks, rewind_step, k, seed
             results |= train_controls(name, make_nets, train_fn, *given)
@@ -1387,27 +1379,24 @@ def iterative_magnitude_pruning(
 
 def train_controls(name, make_nets, train_fn, theta, masks, start, draw, seed):
     """{"random": result, "shuffled": result} of the two controls of a ticket, at its density.
-    random    that very mask on other initial weights: is it the weights?
-    shuffled  the mask permuted within layers, on the dense theta: is it the mask? (A masked theta
-              would have zeros where the permuted mask keeps.)"""
-    nets = make_nets(draw)
-    apply_masks_(nets, masks)
-    random = train_fn(f"{name}-random", nets, masks, start, None, {})
+    random    the mask on other initial weights: is it the weights?
+    shuffled  the mask permuted within layers, on theta, which must be dense: is it the mask?"""
+    def run(kind, nets, masks):
+        apply_masks_(nets, masks)
+        return train_fn(f"{name}-{kind}", nets, masks, start, None, {})
+
+    random = run("random", make_nets(draw), masks)
     nets = make_nets(0)
     nets.load_state_dict(theta)
-    masks = shuffle_masks(masks, rng(seed, draw, "shuffle"))
-    apply_masks_(nets, masks)
-    shuffled = train_fn(f"{name}-shuffled", nets, masks, start, None, {})
-    return {"random": random, "shuffled": shuffled}
+    shuffled = shuffle_masks(masks, rng(seed, draw, "shuffle"))
+    return {"random": random, "shuffled": run("shuffled", nets, shuffled)}
 
 def round_densities(rate=0.2, rounds=None, density=None):
     """[1 - rate, (1 - rate)^2, ...]: `rounds` of them, or down to `density`, the last cut to it."""
     if density:  # 1e-9: .8 ** 3 is three rounds, not four
-        rounds = math.ceil(math.log(density, 1 - rate) - 1e-9)
+        rounds = math.ceil(math.log(density, 1 - rate) - 1e-9) - 1
     shares = [(1 - rate) ** k for k in range(1, rounds + 1)]
-    if density:
-        shares[-1:] = [density]
-    return shares
+    return [*shares, density] if density else shares
 
 def verdict(dense, ticket, random=None, higher=False):
     """A ticket's metric beside the dense network's and its random control's; "-" without one.
@@ -1430,8 +1419,8 @@ def choose_round(verdicts):
 
 def save_ticket(path, theta, masks, settings, number, metrics):
     """A ticket file: the dense weights at the rewind step, the masks (bool), and their origin."""
-    content = {"format": 1, "settings": settings, "theta": theta}
-    content |= {"round": number, "density": density(masks), "metrics": metrics}
+    content = dict(format=1, settings=settings, theta=theta)
+    content |= dict(round=number, density=density(masks), metrics=metrics)
     content["masks"] = {n: m.bool() for n, m in masks.items()}
     save_torch(path, content)
 
@@ -1443,14 +1432,13 @@ def load_ticket(path, device="cpu"):
         check_shapes(ticket["masks"], ticket["theta"])
         ticket["masks"] = {n: m.float() for n, m in ticket["masks"].items()}
         ticket["settings"] = dict(ticket["settings"])
-        return {n: ticket[n] for n in "settings theta masks round density metrics".split()}
+        names = "settings theta masks round density metrics"
+        return {n: ticket[n] for n in names.split()}
 
 def transfer_ticket(theta, masks, target, roles=None):
     """A ticket into another model: decoder <-> generator, encoder <-> discriminator. Kalibhat 2021.
-    target  state dict of the freshly initialised target; it is left alone
-    roles   the target's networks that receive; None: all
-    Returns (theta, masks, received) of the target. Tensors of the same name and shape inside the
-    role are copied, buffers too, and named in `received`; the rest is fresh and dense."""
+    target: state dict of the fresh target, left alone; roles: its networks that receive, None: all
+    Returns (theta, masks, names received): same name and shape in the role; the rest is fresh."""
     kin = {"G": "decoder", "decoder": "G", "D": "encoder", "encoder": "D"}
     new = {n: v.clone() for n, v in target.items()}
     new_masks, received = {}, []
@@ -1459,40 +1447,37 @@ def transfer_ticket(theta, masks, target, roles=None):
         given, given_masks = of_role(theta, source), of_role(masks, source)
         weights = 0
         for name, v in of_role(target, role).items():
-            if name not in given or given[name].shape != v.shape:
-                continue
             own = f"{role}.{name}"
-            new[own] = given[name].clone()
-            received.append(own)
-            weights += v.dim() > 1
-            if name in given_masks:
-                new_masks[own] = given_masks[name].clone()
+            if name in given and given[name].shape == v.shape:
+                new[own] = given[name].clone()
+                received.append(own)
+                weights += v.dim() > 1
+                if name in given_masks:
+                    new_masks[own] = given_masks[name].clone()
         if not weights:
-            raise ValueError(f"the ticket has no weight in the shape of one in {role}")
+            raise ValueError(f"no weight in the shape of one in {role}")
     if not new_masks:
-        raise ValueError("the ticket prunes nothing that these networks can receive")
+        raise ValueError("the ticket prunes nothing that these can receive")
     return new, new_masks, received
 
 # ==================================================================================================
 # 8. EARLY BIRD: whole channels instead of single weights, found in the first epochs by the scales
-#    of batch norm, and cut out: the network that is left is smaller and faster on any hardware.
-#    You et al. 2020; for generative models Kalibhat et al. 2021.
+#    of batch norm, and cut out: smaller and faster. You et al. 2020; Kalibhat et al. 2021.
 
 class Chain(NamedTuple):
-    """Channels that can be cut, by module names: `conv` makes them, `norm` scales them, `consumers`
-    read them. Between norm and consumers each channel must go its own way and 0 must stay 0: ReLU,
-    pooling, upsampling, flatten. So a residual sum, to which other layers add, is in no chain."""
+    """Channels that can be cut, by name: `conv` makes, `norm` scales, `consumers` read them.
+    Between norm and consumers 0 must stay 0 and channels must not meet: no residual sum."""
     conv: str
     norm: str
     consumers: tuple
 
 def channel_chains(model):
-    """The Chains of any model that holds our Encoder, Decoder, UpBlock, DownBlock or BasicBlock, or
-    torchvision's BasicBlock; not Bottleneck. In no chain: image channels, latents, logits, mean and
-    log-variance, sums of residual blocks, layers without batch norm (sngan's D, linear_ae)."""
+    """The Chains of any model of our Encoder, Decoder, UpBlock, DownBlock, BasicBlock or
+    torchvision's BasicBlock (not Bottleneck). Residual sums, layers without batch norm: in none."""
     chains = []
     for path, module in model.named_modules():
-        found, kind = [], str(type(module))
+        found = []
+        theirs = "torchvision.models.resnet.Basic" in str(type(module))
         if isinstance(module, (Encoder, Decoder)):
             convs = [n.removesuffix(".weight") for n, _ in prunable_modules(module)]
             norms = [f"norms.{i}" for i in range(len(module.norms))]
@@ -1500,7 +1485,7 @@ def channel_chains(model):
         elif isinstance(module, (UpBlock, DownBlock)):
             if isinstance(module.norm2, nn.BatchNorm2d):
                 found = [("conv1", "norm2", "conv2")]
-        elif isinstance(module, BasicBlock) or "torchvision.models.resnet.Basic" in kind:
+        elif theirs or isinstance(module, BasicBlock):
             found = [("conv1", "bn1", "conv2")]
         for names in found:
             conv, norm, consumer = (f"{path}.{n}".lstrip(".") for n in names)
@@ -1513,17 +1498,14 @@ def gammas_of(model, chains):
     return {conv: norm.weight.detach().abs() for conv, norm in norms.items()}
 
 def channel_masks(model, fraction, chains, scope="global"):
-    """{chain's conv: bool (C,), True = keep}: the round(fraction x channels) of largest |scale|.
-    scope  pool of channels: "global" (published), "network", "layer". One pool mixes layers whose
-           scales differ: of a VAE's last layers nearly nothing is left
-    The best channel of every layer stays, or the network is cut in two. Public code keeps what is
-    strictly above a threshold: at the start, when all scales are equal, nothing."""
+    """{chain's conv: bool (C,), True: kept}: the round(fraction x channels) of largest |scale|. The
+    best of a layer stays, or the network is cut in two. scope: "global" (published), "network",
+    "layer". One pool mixes layers whose scales differ: of a VAE's last nearly nothing is left."""
     if not chains:
-        raise ValueError("no chains here: no batch norm between layers, or Bottleneck")
+        raise ValueError("no batch norm between layers, or Bottleneck")
     gammas = gammas_of(model, chains)
     if scope == "global":
-        least = len(gammas) / sum(map(len, gammas.values()))
-        fraction = max(fraction, least)
+        fraction = max(fraction, len(gammas) / sum(map(len, gammas.values())))
     masks = prune_masks(gammas, fraction, scope=scope, keep_best=True)
     return {conv: mask.bool() for conv, mask in masks.items()}
 
@@ -1535,16 +1517,15 @@ def mask_distance(a, b):
 
 def early_bird(masks, look_back=5, limit=0.1):
     """(found, distances of the newest of `masks`, one per epoch, to those before it). Found when it
-    differs from each of the last look_back - 1 in at most `limit` of the channels. You et al.'s
-    code; masks of initial scales say nothing and do not count."""
+    differs from each of the last look_back - 1 in at most `limit` of the channels (You et al.)."""
     distances = [mask_distance(masks[-1], m) for m in masks[-look_back:-1]]
     found = len(distances) == look_back - 1 and max(distances) <= limit
     return found, distances
 
 def watch_channels(nets, chains, fraction, scope, epoch, steps, state):
     """The after_step of a training that looks for an early bird. After every `epoch` steps it draws
-    channel masks into state["channels"], the newest last; it ends the training when they have come
-    to rest, or after half of `steps`. state["log"] shows the largest distance."""
+    channel masks into state["channels"], the newest last, once scales have moved from their start,
+    where they rank nothing. It ends the training at an early bird, or after half of `steps`."""
     def scales():
         return torch.cat(list(gammas_of(nets, chains).values()))
 
@@ -1552,16 +1533,15 @@ def watch_channels(nets, chains, fraction, scope, epoch, steps, state):
     state.setdefault("channels", [])
 
     def after_step(step, out):
-        late = 2 * step >= steps
-        moved = (scales() - start).norm() >= 0.01 * start.norm()
-        due = step % epoch == 0 and moved  # unmoved scales rank nothing
+        late, due = 2 * step >= steps, step % epoch == 0
+        due = due and (scales() - start).norm() >= 0.01 * start.norm()
         if due or late and not state["channels"]:
             masks = channel_masks(nets, fraction, chains, scope)
             state["channels"] = [*state["channels"], masks][-5:]
         if due:
             state["found"], distances = early_bird(state["channels"])
-            log = {"mask_distance": max(distances, default=1.0)}
-            state["log"] = state.get("log", {}) | log
+            largest = max(distances, default=1.0)
+            state.setdefault("log", {})["mask_distance"] = largest
         return late or state.get("found", False)
 
     return after_step
@@ -1570,79 +1550,71 @@ def check_chains(model, chains):
     """ValueError for what `slim` would cut wrongly: layers with groups, a parametrised or a shared
     weight, norms that mix channels, and what stands before a consumer with numbers per channel."""
     order = list(dict(model.named_modules(remove_duplicate=False)))
-    dense = nn.modules.batchnorm._BatchNorm, nn.modules.conv._ConvNd, nn.Linear
-    named = model.named_parameters(remove_duplicate=False)
-    owners = collections.Counter(id(p) for _, p in named)
+    owners = collections.Counter(map(id, model.state_dict(keep_vars=True).values()))
+    norms = nn.modules.batchnorm._BatchNorm
     for chain in chains:
-        for name in (chain.conv, *chain.consumers):
-            layer = model.get_submodule(name)
-            known = isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
-            plain = known and owners[id(layer.weight)] == 1
-            if not plain or getattr(layer, "groups", 1) > 1:
-                raise ValueError(f"{name} cannot be cut: no plain layer, or a shared weight")
-        norm = model.get_submodule(chain.norm)
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        if not isinstance(model.get_submodule(chain.norm), norms):
             raise ValueError(f"{chain.norm} is no batch norm")
-        for name in order[order.index(chain.norm) : order.index(chain.consumers[0])]:
+        ends = chain.conv, *chain.consumers
+        first, last = order.index(chain.norm), order.index(ends[1])
+        for name in (*ends, *order[first:last]):
             layer = model.get_submodule(name)
-            whole = isinstance(layer, dense) and getattr(layer, "groups", 1) == 1
-            if not whole and any(p.numel() > 1 for p in layer.parameters(recurse=False)):
-                raise ValueError(f"{name} cannot be cut behind {chain.norm}")
+            sizes = [p.numel() for p in layer.parameters(recurse=False)]
+            fits = isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear))
+            fits = fits and getattr(layer, "groups", 1) == 1
+            if name in ends:
+                fits = fits and owners[id(layer.weight)] == 1
+            else:
+                fits = fits or isinstance(layer, norms) or max(sizes, default=0) < 2
+            if not fits:
+                raise ValueError(f"{name} cannot be cut beside {chain.norm}")
 
-def cut_(layer, name, dim, keep):
-    """Leave the entries `keep` (bool) of one dimension of a layer's parameter or buffer."""
-    old = getattr(layer, name)
-    index = keep.nonzero().flatten().to(old.device)
-    new = old.detach().index_select(dim, index)
-    if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last):
-        new = new.contiguous(memory_format=torch.channels_last)
-    if isinstance(old, nn.Parameter):
-        new = nn.Parameter(new, old.requires_grad)
-    setattr(layer, name, new)
-    if name == "weight":  # the widths that a layer says it has
-        kinds = {nn.Linear: ("out_features", "in_features")}
-        kinds[nn.Conv2d] = "out_channels", "in_channels"
-        kinds[nn.ConvTranspose2d] = "in_channels", "out_channels"
-        names = kinds.get(type(layer), ["num_features"])
-        vars(layer).update(zip(names, new.shape))
+def cut_(layer, name, keep, side=0):
+    """Leave the channels `keep` (bool) of a parameter or buffer, and of the widths that the layer
+    says it has; side 0: they come out, 1: they go in, behind a flatten each as H x W entries."""
+    old, dim = getattr(layer, name), side
+    if name == "weight" and getattr(layer, "transposed", False):
+        dim = 1 - side  # of (in, out, kh, kw)
+    entries = torch.arange(old.shape[dim]).view(len(keep), -1)
+    index = entries[keep.cpu()].flatten().to(old.device)
+    new = old.data.index_select(dim, index)
+    last = torch.channels_last
+    if old.dim() == 4 and old.is_contiguous(memory_format=last):
+        new = new.contiguous(memory_format=last)
+    old.data = new
+    widths = "num_features out_channels out_features", "in_channels in_features"
+    for width in vars(layer).keys() & widths[side].split():
+        setattr(layer, width, len(index))
 
 def slim(model, masks, chains):
     """A copy of `model` that has only the channels that `masks` keep: narrower layers, same names.
     masks   {chain's conv: bool (C,)} of channel_masks; chains of channel_chains, or by hand
-    A channel that is cut counts as scale = shift = 0, so nothing of it is left behind. That is why
-    scale alone will not do (public code): a channel of scale 0 still emits its shift, and no bias
-    of the next layer can stand in for a constant whose padding is 0."""
+    A channel that is cut counts as scale = shift = 0. With scale 0 alone (public code) it emits its
+    shift, and no bias of the next layer replaces that: at the border it is padded with 0."""
     check_chains(model, chains)
     small = copy.deepcopy(model)
     for chain in chains:
         keep = masks[chain.conv]
-        conv = small.get_submodule(chain.conv)
-        turned = isinstance(conv, nn.ConvTranspose2d)  # its weight is (in, out, kh, kw)
-        cut_(conv, "weight", int(turned), keep)
-        if conv.bias is not None:
-            cut_(conv, "bias", 0, keep)
-        norm = small.get_submodule(chain.norm)
-        for name, value in norm.state_dict().items():
-            if value.dim():
-                cut_(norm, name, 0, keep)
-        for name in chain.consumers:
-            layer = small.get_submodule(name)
-            dim = 0 if isinstance(layer, nn.ConvTranspose2d) else 1
-            places = layer.weight.shape[dim] // len(keep)  # behind a flatten: H x W
-            cut_(layer, "weight", dim, keep.repeat_interleave(places))
+        for path in (chain.conv, chain.norm):
+            layer = small.get_submodule(path)
+            for name, value in layer.state_dict().items():
+                if value.dim():  # not the number of batches
+                    cut_(layer, name, keep)
+        for path in chain.consumers:
+            cut_(small.get_submodule(path), "weight", keep, 1)
     return small
 
 def load_model(path, device="cpu"):
-    """(networks, saved) from a model.pt: nn.ModuleDict in eval mode, masked, a GAN's G with its
-    averaged weights; the file's dict of settings, masks and metrics. Runs no code from the file."""
+    """(networks, the file's dict) from a model.pt: nn.ModuleDict in eval mode, masked, a GAN's G
+    with its averaged weights. Runs no code from the file."""
     saved = load_torch(path, device)
     with reading(path):
         s, weights = saved["settings"], saved["weights"]
         size = s["image_size"], s["channels"], s["width"], s.get("z")
-        with torch.device("meta"):  # nothing is allocated before all shapes are compared
+        with torch.device("meta"):  # shapes are compared first
             nets = build(s["model"], *size, classes=s["classes"])
         masks, chains = {}, channel_chains(nets)
-        for chain in chains:  # of an early bird: as many channels as the file has
+        for chain in chains:  # as many channels as the file has
             name = f"{chain.norm}.weight"
             channels = torch.arange(len(nets.get_parameter(name)))
             masks[chain.conv] = channels < len(weights[name])
@@ -1652,8 +1624,7 @@ def load_model(path, device="cpu"):
         check_shapes({name: weights[name] for name in empty}, empty)
         check_shapes(saved["masks"], empty)
         nets.to_empty(device=device).load_state_dict(weights)
-        masks = {n: m.float() for n, m in saved["masks"].items()}
-        apply_masks_(nets, masks)
+        apply_masks_(nets, {n: m.float() for n, m in saved["masks"].items()})
     return nets.eval(), saved
 
 # ==================================================================================================
@@ -1957,11 +1928,9 @@ def role_densities(nets, masks):
 
 def block_map(source, target, order="append"):
     """[source block of target block 0, 1, ...] for a stage of `source` blocks. Chen et al. 2021.
-    Block 0 stays. The others, the units, are copied equally often, the earlier ones once more where
-    it does not come out even (later units are sparser). "append": all copies stand behind the last
-    unit that is copied; "interpolate": each behind its source. A squeeze drops the tail, or keeps
-    the first unit of each group that an interpolated stretch would make. Here we read the paper our
-    way: it does not say which units a squeeze drops, nor how to stretch to depth 110."""
+    Block 0 stays. The others, the units, are copied equally often, some of the first once more.
+    "append": copies stand behind the last copied unit; "interpolate": each behind its source. A
+    squeeze, of which the paper says little, drops the tail, or keeps the first of each group."""
     if order not in ("append", "interpolate"):
         raise ValueError(f"order is append or interpolate; got {order!r}")
     if target == 1 or order == "append" and target <= source:
@@ -1978,25 +1947,22 @@ def block_map(source, target, order="append"):
     return [0, *units[:last], *copies, *units[last:]]
 
 def residual_blocks(names):
-    """([blocks per stage], {name: (stage, block, before, after)}) of a ResNet of basic blocks, from
-    the names of its tensors: "net.blocks.4.conv1.weight" (CIFAR, blocks counted through three equal
-    stages) or "layer2.1.downsample.0.weight" (torchvision, counted in each stage).
-    A name is before + number of its block + after; those of stem and head are left out."""
+    """([blocks per stage], {name: (stage, block, before, after)}) of a ResNet of basic blocks. A
+    name is before + number + after, "net.blocks.4.conv1.weight" (CIFAR, counted through three equal
+    stages) or "layer2.1.downsample.0.weight" (torchvision); stem and head are left out."""
     inside = r"(.*\b(?:blocks|layer(\d))\.)(\d+)(\..*)"
-    found = {name: re.fullmatch(inside, name) for name in names}
-    found = {name: m.groups() for name, m in found.items() if m}
+    matches = [re.fullmatch(inside, name) for name in names]
+    found = {m[0]: m.groups() for m in matches if m}
     cifar = {block for _, stage, block, _ in found.values() if not stage}
     if not found or len(cifar) % 3:
-        raise ValueError("these are not the tensors of a ResNet of basic blocks in equal stages")
+        raise ValueError("not the tensors of a ResNet of basic blocks in equal stages")
     places, stages = {}, collections.defaultdict(set)
     for name, (before, stage, block, after) in found.items():
         stage, block = int(stage or 1) - 1, int(block)
         if cifar:
             stage, block = divmod(block, len(cifar) // 3)
-        known = ["conv1", "bn1", "conv2", "bn2"]
-        if block == 0:  # elsewhere it shows that CIFAR's stages are of unequal length
-            known += ["shortcut", "downsample"]
-        if after.split(".")[1] not in known:
+        kinds = "conv1 bn1 conv2 bn2" + " shortcut downsample" * (block == 0)
+        if after.split(".")[1] not in kinds.split():
             raise ValueError(f"{name} is not of a ResNet of basic blocks in equal stages")
         places[name] = stage, block, before, after
         stages[stage].add(block)
@@ -2006,18 +1972,17 @@ def remap_blocks(tensors, maps):
     """A dict of tensors (weights and statistics, or masks) for another depth: target block t of
     stage s is source block maps[s][t], the rest is taken one to one. Copies, without rescaling."""
     counts, places = residual_blocks(tensors)
-    fits = len(maps) == len(counts)
-    for blocks, count in zip(maps, counts):
-        fits = fits and blocks[:1] == [0] and {*blocks[1:]} <= {*range(1, count)}
-    if not fits:
-        raise ValueError(f"the maps {maps} do not fit stages of {counts} blocks")
+    pairs = zip(maps, counts)
+    fits = [b[:1] == [0] and {*b[1:]} <= {*range(1, n)} for b, n in pairs]
+    if len(maps) != len(counts) or not all(fits):
+        raise ValueError(f"{maps} do not fit stages of {counts} blocks")
     out = {}
     for name, tensor in tensors.items():
         if name not in places:
             out[name] = tensor.clone()
             continue
         stage, block, before, after = places[name]
-        first = sum(map(len, maps[:stage])) if before.endswith("blocks.") else 0  # CIFAR's
+        first = sum(map(len, maps[:stage])) if before.endswith("blocks.") else 0
         for target, source in enumerate(maps[stage], first):
             if source == block:
                 out[f"{before}{target}{after}"] = tensor.clone()
@@ -2025,24 +1990,22 @@ def remap_blocks(tensors, maps):
 
 def stretch(tensors, blocks, order="append"):
     """A ticket for a deeper ResNet: of its weights or masks, for [blocks per stage]."""
-    counts, _ = residual_blocks(tensors)
-    pairs = zip(counts, blocks, strict=True)
+    pairs = zip(residual_blocks(tensors)[0], blocks, strict=True)
     return remap_blocks(tensors, [block_map(*pair, order) for pair in pairs])
 
-squeeze = stretch  # the same rule; in the order "interpolate" it undoes a stretch
+squeeze = stretch  # in the order "interpolate" it undoes a stretch
 
 def elastic_ticket(theta, masks, target, maps):
-    """(theta, masks, fresh): remap_blocks of a ticket, to fit the state dict `target`.
-    A last layer for another number of classes is the target's own, dense, and named in `fresh`.
-    Before it is trained it says little: batch norm's statistics are those of another depth."""
+    """(theta, masks, fresh): remap_blocks of a ticket, to fit the state dict `target`. A last layer
+    for other classes is the target's, dense, and in `fresh`. Batch norm's statistics do not fit."""
     theta, masks = remap_blocks(theta, maps), remap_blocks(masks, maps)
     fresh = []
     for name, value in target.items():
-        old, new = theta.get(name, value).shape, value.shape
+        old, new = tuple(theta.get(name, value).shape), tuple(value.shape)
         if old == new:
             continue
         if not re.search(r"\bfc\.\w+$", name):
-            raise ValueError(f"the ticket does not fit: {name} is {tuple(old)}, not {tuple(new)}")
+            raise ValueError(f"the ticket does not fit: {name} is {old}, not {new}")
         fresh.append(name)
         theta[name] = value.clone()
         if name in masks:
@@ -2057,8 +2020,7 @@ FID_WEIGHTS += "pt_inception-2015-12-05-6726825d.pth"
 
 class RandomFeatures(nn.Module):
     """64 features by a fixed random network, the same everywhere: uint8 (B, 1 or 3, S, S) ->
-    (B, 64). Orthogonal weights keep the scale; the mean over space forgives where a thing is. They
-    rank generative models about as trained features do (Lee et al. 2022, arXiv 2208.09218)."""
+    (B, 64). They rank generative models about as trained ones do (Lee et al. 2022, 2208.09218)."""
     def __init__(self, seed=0):
         super().__init__()
         self.layers = nn.Sequential()
@@ -2073,18 +2035,17 @@ class RandomFeatures(nn.Module):
 
 class InceptionFeatures(nn.Module):
     """The 2048 "pool3" features of FID's network, uint8 (B, 1 or 3, S, S) -> (B, 2048). Only with
-    FID_WEIGHTS is a distance a FID. Their TensorFlow graph of 2015-12-05 is torchvision's Inception
-    v3 but for nine pooling branches: averages leave the padding out of the count, the last takes
-    the maximum. Images go 0..1, bilinear to 299, -1..1, as in pytorch-fid."""
+    FID_WEIGHTS is a distance a FID. As in pytorch-fid: torchvision's Inception v3 but for nine
+    pooling branches: averages leave the padding out of the count, the last takes the maximum."""
     def __init__(self, state_dict):
         super().__init__()
         models = import_torchvision().models
         net = models.Inception3(1008, aux_logits=False, init_weights=False)
         net.load_state_dict(state_dict)
-        net.fc = nn.Identity()  # after loading: its weights are in the file
+        net.fc = nn.Identity()  # its weights are in the file
         *blocks, last = [b for b in net.children() if hasattr(b, "branch_pool")]
-        for block in blocks:
-            replace_pooling(block, nn.AvgPool2d(3, 1, 1, count_include_pad=False))
+        for b in blocks:
+            replace_pooling(b, nn.AvgPool2d(3, 1, 1, count_include_pad=False))
         replace_pooling(last, nn.MaxPool2d(3, 1, 1))
         self.net = net.eval()
 
@@ -2106,8 +2067,8 @@ def feature_network(name, weights=None):
     with reading(f"--inception-weights {weights or FID_WEIGHTS}"):
         if weights:
             return InceptionFeatures(torch.load(weights, "cpu", weights_only=True))
-        download = torch.hub.load_state_dict_from_url
-        return InceptionFeatures(download(FID_WEIGHTS, check_hash=True, weights_only=True))
+        load = torch.hub.load_state_dict_from_url
+        return InceptionFeatures(load(FID_WEIGHTS, check_hash=True, weights_only=True))
 
 @torch.no_grad()
 def extract(images, network, size=100):
@@ -2148,13 +2109,12 @@ def generator_for_use(G, averaged=None, seed=0, size=64):
         return copy.deepcopy(G).eval()
     use = copy.deepcopy(averaged)
     settle_spectral_norms_(use)
-    device = next(use.parameters()).device
     z = [latents(size, G.z, seed, 0, "batch norm", k) for k in range(20)]
-    torch.optim.swa_utils.update_bn(z, use, device)
+    torch.optim.swa_utils.update_bn(z, use, next(use.parameters()).device)
     return use.eval()
 
 def networks_for_use(nets, ema, seed=0, size=64):
-    """Copies of the networks in eval mode, nn.ModuleDict; a GAN's G by generator_for_use."""
+    """Copies of the networks in eval mode; a GAN's G by generator_for_use."""
     use = copy.deepcopy(nets).eval()
     if "G" in ema:
         use["G"] = generator_for_use(nets["G"], ema["G"], seed, size)
@@ -2163,11 +2123,9 @@ def networks_for_use(nets, ema, seed=0, size=64):
 @torch.no_grad()
 def sample_images(G, count, seed=0, purpose="samples", size=100):
     """`count` uint8 images (count, C, S, S) on the CPU; the first n are the same for any count."""
-    device, parts = next(G.parameters()).device, []
-    for k in range(math.ceil(count / size)):  # whole batches, then cut
-        z = latents(size, G.z, seed, 0, purpose, k, device)
-        parts.append(to_uint8(G(z)).cpu())
-    return torch.cat(parts)[:count]
+    device, batches = next(G.parameters()).device, range(math.ceil(count / size))
+    z = (latents(size, G.z, seed, 0, purpose, k, device) for k in batches)
+    return torch.cat([to_uint8(G(part)).cpu() for part in z])[:count]
 
 @torch.no_grad()
 def reconstruct(nets, images, size=100):
@@ -2199,11 +2157,9 @@ def distance_reference(images, held_out, network, features, count, part="held-ou
     """What `count` generated images are compared with, a dict; None below 640 real images, ten
     times the 64 features: with less a distance is mostly bias.
     images, held_out  uint8 (N, c, S, S); features: the name of `network`
-    part              "train": all of `images`, as FIDs are published (Wang et al. 2023);
-                      "held-out": the first `count` of those, which is stricter
-    columns  name of the distance with `count` ("FD-random-2k", with the Inception weights alone
-             "FID-50k"), the reference, and the floor, a perfect generator's: the distance of at
-             most `count` real images of the other part"""
+    part              "train", as FIDs are published; "held-out": `count` of those, stricter
+    columns           name of the distance ("FD-random-2k", with the Inception weights "FID-50k"),
+                      reference, and floor: the distance of `count` real images of the other part"""
     real, other = held_out[:count], images[:count]
     if part == "train":
         real, other = images, held_out[:count]
@@ -2212,8 +2168,8 @@ def distance_reference(images, held_out, network, features, count, part="held-ou
         return None
     kind = "FID" if features == "inception" else f"FD-{features}"
     number = f"{count // 1000}k" if count % 1000 == 0 else count
-    columns = {"metric_name": f"{kind}-{number}", "generated": count}
-    columns |= {"reference": f"{len(real)} {part}", "floor_images": len(other)}
+    columns = dict(metric_name=f"{kind}-{number}", generated=count)
+    columns |= dict(reference=f"{len(real)} {part}", floor_images=len(other))
     real = extract(real, network)
     columns["floor"] = frechet_distance(real, extract(other, network))
     return dict(network=network, real=real, count=count, columns=columns)
@@ -2223,42 +2179,43 @@ def measure(nets, held_out, truth, reference=None, seed=0):
     held_out, truth  uint8 images (N, c, S, S) and labels; reference see distance_reference"""
     if "net" in nets:
         right = accuracy(nets["net"], held_out, truth)
-        return {"metric_name": "accuracy", "metric": right}
+        return dict(metric_name="accuracy", metric=right)
     numbers = {}
     if "encoder" in nets:
         error = reconstruction_error(nets, held_out)
-        numbers = {"metric_name": "held-out error", "metric": error, "error": error}
+        numbers = dict(metric_name="held-out error", metric=error, error=error)
     if reference:
-        generator = nets["G" if "G" in nets else "decoder"]
-        images = sample_images(generator, reference["count"], seed, "evaluate")
-        real, fake = reference["real"], extract(images, reference["network"])
-        numbers |= reference["columns"] | {"metric": frechet_distance(real, fake)}
+        network, real, count, columns = reference.values()
+        G = nets["G" if "G" in nets else "decoder"]
+        fake = extract(sample_images(G, count, seed, "evaluate"), network)
+        numbers |= columns | dict(metric=frechet_distance(real, fake))
         numbers["kid"] = kernel_distance(real, fake, rng(seed, 0, "kid"))
     return numbers
 
 @torch.no_grad()
 def mac_positions(model, *inputs):
     """{name of prunable weight: positions per image at which it works}: a convolution's output
-    pixels, a transposed one's input pixels, a sequence's length, else 1. A layer's MACs per image
-    are positions x weights kept. Not counted: what has no prunable weight (biases, norms, queries x
-    keys), and weights used without a call of their module. inputs: of one forward, B = 1."""
+    pixels, a transposed one's input pixels, a sequence's length, else 1. MACs are positions x
+    weights kept; not counted: queries x keys, weights used without a call of their module. B = 1"""
     found, model = collections.Counter(), copy.deepcopy(model).eval()
     first = {id(w): name for name, w in prunable_parameters(model).items()}
-    attention = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
-    caller = {m.out_proj: m for m in attention}  # reads its weight
+    kind = nn.MultiheadAttention  # reads the weight of its out_proj
+    caller = {m.out_proj: m for m in model.modules() if isinstance(m, kind)}
 
     def count(name, module, args, output):
-        while isinstance(output, tuple):  # of attention and recurrent layers
+        while isinstance(output, tuple):  # attention, recurrent layers
             output = output[0]
-        if module in attention and {x.shape[:-1] for x in args[1:3]} != {output.shape[:-1]}:
-            raise ValueError(f"{name}: MACs need (query, key, value) of one length")
+        if isinstance(module, kind):
+            lengths = {x.shape[:-1] for x in args[1:3]}
+            if lengths != {output.shape[:-1]}:
+                raise ValueError(f"{name}: MACs need keys as many as queries")
         area = args[0] if getattr(module, "transposed", False) else output
         channels = -1 - len(getattr(module, "kernel_size", ()))
         found[name] += area.numel() // area.shape[channels]  # +=: called twice
 
     for name, module in prunable_modules(model):
-        name = first[id(model.get_parameter(name))]
-        caller.get(module, module).register_forward_hook(functools.partial(count, name))
+        hook = functools.partial(count, first[id(model.get_parameter(name))])
+        caller.get(module, module).register_forward_hook(hook)
     model(*inputs)
     return dict(found)
 
@@ -2279,31 +2236,31 @@ def training_macs(
                masks from that step on, and whose gradient that very step read to set them
     positions  of mac_positions, sizes {name: weights}; a weight without a mask counts whole
     n_critic   steps of D per step of G and g_batch, G's batch; 0: no GAN
-    With f = MACs of one forward per image (backward: twice, or once for the input alone), a step
-    costs 3 B f, of a GAN n_critic B (f_G + 6 f_D) + B_G (3 f_G + 2 f_D), a balance ratio B_G (f_G +
-    2 f_D) + B f_D, and a dense gradient its difference to a sparse one (D: twice, real and fake).
+    With f MACs of one forward per image, a backward costs 2 f, or f for the input alone; a dense
+    gradient its difference to a sparse one (D: twice, real and fake).
     paper=True: Wang et al.'s code, which leaves out D's fake half and input gradient, the ratio and
     dense gradients and has n_critic twice for D (and biases and norms, not here: + 0.15 %)."""
     B, B_G, total = batch_size, g_batch, 0
+    B_D, paper = n_critic * B, paper and n_critic  # theirs is for GANs
 
     def forward(counts, role):
-        names = [name for name in positions if name.startswith(role)]
-        return sum(positions[name] * counts.get(name, sizes[name]) for name in names)
+        names = [n for n in positions if n.startswith(role)]
+        return sum(positions[n] * counts.get(n, sizes[n]) for n in names)
 
     ends = [*history[1:], [steps, {}, []]]
-    for (since, counts, _), (until, _, read_dense_gradient) in zip(history, ends):
-        n, f_G, f_D = until - since, forward(counts, "G."), forward(counts, "D.")
-        if paper and n_critic:
-            total += n * (n_critic * B + 3 * B_G) * f_G
-            total += n * (3 * n_critic * B + B_G) * n_critic * f_D
+    for (since, counts, _), (until, _, read) in zip(history, ends):
+        f_G, f_D = forward(counts, "G."), forward(counts, "D.")
+        step = 3 * B * forward(counts, "")
+        if paper:
+            step = (B_D + 3 * B_G) * f_G + (3 * B_D + B_G) * n_critic * f_D
+        elif n_critic:
+            step = B_D * (f_G + 6 * f_D) + B_G * (3 * f_G + 2 * f_D)
+        total += (until - since) * step
+        if paper:
             continue
-        for role in read_dense_gradient:
+        for role in read:
             images = {"G": B_G, "D": 2 * B}.get(role, B)
             total += images * (forward({}, f"{role}.") - forward(counts, f"{role}."))
-        if not n_critic:
-            total += n * 3 * B * forward(counts, "")
-            continue
-        total += n * (n_critic * B * (f_G + 6 * f_D) + B_G * (3 * f_G + 2 * f_D))
         if ratio_every:
             ratios = until // ratio_every - since // ratio_every
             total += ratios * (B_G * (f_G + 2 * f_D) + B * f_D)
@@ -2333,7 +2290,7 @@ def draw_curve(path, rows, title):
         return
     figure = matplotlib.figure.Figure((6, 4), 120, layout="tight")
     axes = figure.add_subplot(xlabel="weights kept, %", ylabel=title)
-    shares = [f"{100 * row['density']:.3g}" for row in rows]  # as words: one step a round
+    shares = [f"{100 * row['density']:.3g}" for row in rows]  # words
     for name in ("dense", "ticket", "random", "shuffled"):
         values = [row.get(name) for row in rows]
         if None not in values:
