@@ -21,7 +21,6 @@ Also You et al., Early-Bird Tickets, 1909.11957: early_bird, slim. Evci et al., 
 import argparse, collections, concurrent.futures, contextlib, copy, csv, functools, hashlib, io
 import itertools, json, math, os, re, signal, sys, textwrap, time, types
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +30,7 @@ from torch import nn
 # ==================================================================================================
 # 1. DATA: every image set becomes one uint8 tensor (N, C, H, W); only a classifier's folders, say
 #    ImageNet, are a stream. A batch is a function of (seed, position): no loader's state is saved.
+#    Try: batch_index(3, 2, 4, seed=0) -> tensor([2, 0, 2, 1])
 
 # Default size, channels, may be mirrored (not a 7), classes (0: no labels); FOLDER: at any path.
 FOLDER = dict(image_size=64, channels=3, flip=True, classes=0)
@@ -355,8 +355,8 @@ def latents(count, z, seed, step, purpose, k=0, device="cpu"):
 
 # ==================================================================================================
 # 2. MODELS: two families of trunks, each an encoder (also: discriminator) and a decoder (also:
-#    generator), at 32, 48 and 64 pixels. Class and names inside are the same in both roles, so a
-#    ticket of one can be tried in the other. Beside them a linear autoencoder and ResNets.
+#    generator) with the same names inside; a linear autoencoder; ResNets.
+#    Try: sum(p.numel() for p in build("sngan")["G"].parameters()) -> 4276739
 
 # g_batches: G's batch in batches of D. ema: longest decay of G's average, 0 = none. clip: D's
 # weights stay in [-clip, clip], 0 = off. crop: pixels of shift. rewind_step: at most steps / 10.
@@ -640,9 +640,9 @@ def build(model, size=32, channels=3, width=1.0, z=None, seed=0, classes=10, dra
     return nets
 
 # ==================================================================================================
-# 3. MASKS: {parameter name: float tensor of 0 and 1, shaped like the weight}, 1 = keep. Weights are
-#    stored masked, and masked again after every optimizer step; gradients stay dense. Masks are
-#    float because multiplying by a bool mask is three to ten times slower.
+# 3. MASKS: {parameter name: tensor of 0 and 1, shaped like the weight}, 1 = keep; float, because
+#    bool is three to ten times slower. Weights are stored masked, gradients stay dense.
+#    Try: density(prune_masks({"w": torch.arange(10.0)}, 0.3)) -> 0.3
 
 def prunable_modules(model):
     """(name of the raw weight, module) of every weight of a convolution, Linear, attention or
@@ -810,10 +810,10 @@ def of_role(tensors, role):
     return {n.removeprefix(f"{role}."): tensors[n] for n in own}
 
 # ==================================================================================================
-# 4. OBJECTIVES: one training step each. A step gets tensors, does its own optimizer steps and masks
-#    the weights after each; it reads no generator and no number that changes from step to step.
-#    Gradients stay where they are, dense, for whoever grows weights. amp: forward passes in
-#    bfloat16, the rest not: a loss has small differences of large numbers, bfloat16 three digits.
+# 4. OBJECTIVES: one training step each: of tensors, with its own optimizer steps, masking after
+#    each; no generator, no number that changes. Gradients stay, dense, for whoever grows weights.
+#    amp: forward passes in bfloat16; not the loss, which has small differences of large numbers.
+#    Try: discriminator_loss("hinge", torch.ones(1), -torch.ones(1)) -> tensor(0.)
 
 def discriminator_loss(objective, real, fake):
     """What D minimises, from raw logits of real and generated images, (B, 1) each -> scalar."""
@@ -946,17 +946,11 @@ def untouched(*models):
 #      update(draws)          -> {"losses": {name: scalar}, ...}, see section 4
 #      after_step(step, out)  what a method adds: measures, moves masks; True ends the training.
 #                             Its memory, `state`, is in the checkpoint; state["log"] is shown
-#    evaluate(step) -> {column: number}; Checkpoint alone knows files.
+#    Try: progress_line(9, 99, {"D": 1.3}, 6) -> 'step 9/99  D 1.300  6.000 s a step, 9 min left'
 
-class Trained(NamedTuple):
-    """What a training leaves beside the networks, which hold the weights."""
-    step: int  # steps done
-    rows: list  # of its metrics file, dicts
-    seconds: float  # inside the loop, over all starts of it
-
-    @property
-    def metric(self):
-        return self.rows[-1].get("metric")
+# What a training leaves beside the networks: steps done, the rows of its metrics file (dicts), the
+# metric of the last one, seconds inside the loop over all starts.
+Trained = collections.namedtuple("Trained", "step rows metric seconds")
 
 def make_optimizer(kind, net, lr, betas=(0.9, 0.999)):
     """Adam, RMSprop (betas[1]: smoothing) or SGD (betas[0]: momentum; weight decay 1e-4). On CUDA
@@ -1101,7 +1095,7 @@ def train(
         if checkpoint and (end or checkpoint.due()):
             check_finite(nets.named_parameters(), step)
             checkpoint.save(step, rows, recent, seconds, end)
-    return Trained(step, rows, seconds)
+    return Trained(step, rows, rows[-1].get("metric"), seconds)
 
 def save_torch(path, content):
     """torch.save, atomically; tensors and plain values only, so that load_torch can read it."""
@@ -1210,6 +1204,7 @@ class Checkpoint:
 # ==================================================================================================
 # 6. SCORES: {name: tensor shaped like the weight}, larger = keep, for prune_masks. SNIP and GraSP
 #    are called inside `with scoring(...)` of all networks that the loss passes through.
+#    Try: score_magnitude(nn.Linear(2, 1)).keys() -> dict_keys(['weight'])
 
 @contextlib.contextmanager
 def scoring(*models):
@@ -1299,7 +1294,8 @@ def scoring_losses(nets, draw, noise, objective, beta=1.0, temperature=1.0):
 
 # ==================================================================================================
 # 7. TICKETS: a dense network holds a sparse one which, trained alone from (nearly) the same start,
-#    does as well: a winning ticket. Frankle & Carbin 2019; generative: Kalibhat et al. 2021.
+#    does as well: a winning ticket. Frankle & Carbin 2019; for generative models [1].
+#    Try: verdict(dense=1.0, ticket=1.04, random=1.2) -> 'wins'
 
 def two_layer_tickets(rounds=8, rate=0.2, steps=500, seed=0):
     """The whole idea: train, prune, rewind, retrain; an autoencoder of 8 x 8 pictures, in seconds.
@@ -1334,18 +1330,15 @@ def two_layer_tickets(rounds=8, rate=0.2, steps=500, seed=0):
         results.append((density(masks), ticket, random))
     return results
 
-class Round(NamedTuple):
-    """One round of iterative_magnitude_pruning; number 0 is the dense training."""
-    number: int
-    masks: dict  # flat, {} in round 0
-    theta: dict  # dense, at the rewind step
-    results: dict  # "ticket", perhaps "random", "shuffled"
+# masks flat, {} in round 0, the dense training; theta: dense state dict at the rewind step; results
+# of train_fn: "ticket", and of its controls "random" and "shuffled".
+Round = collections.namedtuple("Round", "number masks theta results")
 
 def iterative_magnitude_pruning(
     make_nets, train_fn, densities, *,
     rewind_step=0, scope="global", prune=None, controls=False, seed=0
 ):
-    """Train, keep the largest weights, rewind, repeat: a generator of Rounds. Frankle et al. 2020.
+    """Train, keep the largest, rewind, repeat: a generator of Rounds. Frankle et al. 2019, 2020; [1].
     make_nets    (draw) -> nn.ModuleDict of fresh networks; 0: this run's start, 1, 2, ...: others
     train_fn     (name, nets, masks, start, after_step, state) -> anything; trains `nets` in place
                  from step `start`, calls after_step(steps done, out), checkpoints `state` too
@@ -1461,15 +1454,14 @@ def transfer_ticket(theta, masks, target, roles=None):
     return new, new_masks, received
 
 # ==================================================================================================
-# 8. EARLY BIRD: whole channels instead of single weights, found in the first epochs by the scales
-#    of batch norm, and cut out: smaller and faster. You et al. 2020; Kalibhat et al. 2021.
+# 8. EARLY BIRD: whole channels, found in the first epochs by the scales of batch norm, and cut out:
+#    what is left is smaller and faster on any hardware. You et al. 2020; generative models: [1].
+#    Try: len(channel_chains(build("dcgan", width=0.1))) -> 8
 
-class Chain(NamedTuple):
-    """Channels that can be cut, by name: `conv` makes, `norm` scales, `consumers` read them.
-    Between norm and consumers 0 must stay 0 and channels must not meet: no residual sum."""
-    conv: str
-    norm: str
-    consumers: tuple
+# Channels that can be cut, by module names: `conv` makes them, `norm` scales them, `consumers` read
+# them. In between each channel must go its own way and 0 must stay 0: ReLU, pooling, upsampling,
+# flatten. So a residual sum, to which other layers add, is in no chain.
+Chain = collections.namedtuple("Chain", "conv norm consumers")
 
 def channel_chains(model):
     """The Chains of any model of our Encoder, Decoder, UpBlock, DownBlock, BasicBlock or
@@ -1629,8 +1621,8 @@ def load_model(path, device="cpu"):
 
 # ==================================================================================================
 # 9. DYNAMIC SPARSE TRAINING: masks that move while the weights train. SDST moves G's mask; DDST
-#    also moves the number of D's weights, so that neither network runs away from the other.
-#    Wang et al. 2023, "Balanced Training for Sparse GANs", arXiv 2302.14670.
+#    also moves the number of D's weights, so that neither network runs away from the other. [3]
+#    Try: controller(0.6, 480, 0.45, 0.55, 50, 50, 500, 1000) -> ('grow', 500)
 
 def two_layer_ddst(steps=1500, every=20, low=0.45, high=0.55, seed=0):
     """A whole DDST run: G's mask moves, D's density follows the balance ratio; two networks of two
@@ -1652,8 +1644,7 @@ def two_layer_ddst(steps=1500, every=20, low=0.45, high=0.55, seed=0):
 
     def move(role, drop, grow):
         chance = rng(seed, step, f"grow {role}")
-        given = adam[role], masks, drop, grow, "gradient", chance
-        update_masks_(nets, role, *given)
+        update_masks_(nets, role, adam[role], masks, drop, grow, "gradient", chance)
 
     for step in range(1, steps + 1):
         real = x[batch_index(len(x), 64 * step, 64, seed)]
@@ -1744,8 +1735,8 @@ def update_masks_(nets, role, optimizer, masks, drop, grow, how, generator):
             dims[name] = int(getattr(module, "transposed", False))  # (in, out, kh, kw)
     own = {name: masks[name] for name in weights}
     gradients = {name: w.grad for name, w in weights.items()}
-    given = weights, own, gradients, drop, grow, how, generator, dims
-    grown, _, grow = drop_and_grow_(*given)
+    how_many = drop, grow, how, generator, dims
+    grown, _, grow = drop_and_grow_(weights, own, gradients, *how_many)
     seed_optimizer_state_(optimizer, weights, grown, gradients)
     return bool(grow) and how == "gradient"
 
@@ -1850,8 +1841,7 @@ def dynamic_gan(
 
     def move(role, drop, grow, step):
         chance = rng(seed, step, f"grow {role}")
-        given = optimizers[role], masks, drop, grow, how, chance
-        return update_masks_(nets, role, *given)
+        return update_masks_(nets, role, optimizers[role], masks, drop, grow, how, chance)
 
     def move_D(share, step):
         now = kept(of_role(masks, "D"))
@@ -1905,8 +1895,8 @@ def dynamic_layers(
             if density(one) == 1:  # nothing to exchange
                 continue
             n = int(drop_share(step, end, 0.3, 0.0) * kept(one))
-            given = optimizers[role], one, n, n, how, rng(seed, step, f"grow {name}")
-            if update_masks_(nets, role, *given):
+            chance = rng(seed, step, f"grow {name}")
+            if update_masks_(nets, role, optimizers[role], one, n, n, how, chance):
                 read_dense_gradient.add(role)
         state["history"].append([step, counts_of(masks), sorted(read_dense_gradient)])
 
@@ -1924,7 +1914,8 @@ def role_densities(nets, masks):
 
 # ==================================================================================================
 # 10. ELASTIC TICKETS: a ResNet's ticket for another depth, by copying or dropping whole residual
-#     blocks inside each stage, in masks and weights; then it is trained once. Chen et al. 2021.
+#     blocks inside each stage, in masks and weights; then it is trained once. [2]
+#     Try: block_map(3, 5) -> [0, 1, 2, 1, 2]
 
 def block_map(source, target, order="append"):
     """[source block of target block 0, 1, ...] for a stage of `source` blocks. Chen et al. 2021.
@@ -2014,6 +2005,7 @@ def elastic_ticket(theta, masks, target, maps):
 
 # ==================================================================================================
 # 11. METRICS: distances between sets of images, multiply-accumulates (MACs), pictures.
+#     Try: mac_positions(nn.Conv2d(1, 1, 3), torch.zeros(1, 1, 8, 8)) -> {'weight': 36}
 
 FID_WEIGHTS = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
 FID_WEIGHTS += "pt_inception-2015-12-05-6726825d.pth"
@@ -2301,6 +2293,7 @@ def draw_curve(path, rows, title):
 # ==================================================================================================
 # 12. COMMAND LINE: settings, the run folder, a function per method, the table. There are settings
 #     in this section alone; elsewhere only warnings and progress are printed.
+#     Try: resolve({"device": "cpu"}).ratios_per_decision -> 20
 
 SPARSE, SCORED = ("static", "sdst", "ddst"), ("magnitude", "snip", "grasp")
 MOVING, FROM_TICKET = ("sdst", "ddst"), ("ticket", "transfer", "elastic")
@@ -2312,7 +2305,8 @@ NOT_IDENTITY |= {"data", "out", "ratio_every"}  # ddst has ratios_per_decision
 
 # All there is to say about a setting, which is a flag, too. default: None is by method, model or
 # data set. takes: choices, or a range. read_by: the methods or models that read it, (): all.
-Row = collections.namedtuple("Row", "default type help takes read_by nargs", defaults=((), (), None))
+fields = "default type help takes read_by nargs"
+Row = collections.namedtuple("Row", fields, defaults=((), (), None))
 
 SETTINGS = {
     "method": Row("ddst", str, "how to train:", METHODS),
@@ -2795,8 +2789,8 @@ def run_masked(run):
     done = run.fit(s.method, nets, masks, start)
     ema, spent = run.ema, dict(run.spent)
     if s.controls:
-        given = theta, masks, start, 1, s.seed
-        results = train_controls(s.method, run.fresh, run.fit, *given)
+        start_of = theta, masks, start, 1, s.seed
+        results = train_controls(s.method, run.fresh, run.fit, *start_of)
         more["rounds"] = [round_row(run, 0, masks, results | {"ticket": done})]
     run.ema, run.spent = ema, spent
     finish(run, nets, masks, done, **more)

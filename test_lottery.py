@@ -343,6 +343,13 @@ def test_contents_of_the_docstring_are_the_banners_in_order():
     assert ours == banners
 
 
+def test_what_the_banners_say_to_try_gives_what_they_say():
+    tries = re.findall(r"^# +Try: (.*) -> (.*)$", (HERE / "lottery.py").read_text(), re.M)
+    assert len(tries) == 12
+    for line, answer in tries:
+        assert repr(eval(line, dict(vars(L)))) == answer, line
+
+
 def test_importing_prints_and_seeds_nothing_and_needs_torch_only():
     code = (
         "import sys, torch; a = torch.random.get_rng_state(); import lottery; "
@@ -3459,11 +3466,7 @@ def test_an_elastic_run_trains_the_remapped_ticket(empty, few, capsys, monkeypat
     other, norm = random[0]["net.bn.weight"], weights["net.bn.weight"]
     assert same(random[1], used) and not torch.equal(other, norm)
     assert L.counts_of(shuffled[1]) == L.counts_of(used) and not same(shuffled[1], used)
-    before, one_shot = read("e/done-before.pt"), seen["magnitude"]
-    scores = {n: before["weights"][n].abs() for n in used}
-    assert before["step"] == 2 and same(one_shot[0], before["weights"])
-    assert same(one_shot[1], L.prune_masks(scores, L.density(masks), keep_best=True))
-    assert {"ticket", "random", "shuffled", "one-shot"} <= set(summary["rounds"][0])
+    assert {"ticket", "random", "shuffled"} <= set(summary["rounds"][0])
     start = "--method elastic --ticket t.pt --out x"
     refused(capsys, f"{start} --width .2", "conv.weight", "(2, 3, 3, 3)", "(3, 3, 3, 3)")
     refused(capsys, f"{start} --dataset mnist", "conv.weight", "(2, 1, 3, 3)")
@@ -3593,22 +3596,16 @@ def test_a_round_that_diverges_ends_the_rounds_and_not_the_run(empty, few, monke
     assert len(summary["rounds"]) == 1 and summary["ticket"] == "ticket-01.pt"
 
 
-JSONS = ['{"rounds": 3, "environment": 3}', '{"rounds": [3], "environment": [1]}']
-
-
 @pytest.mark.parametrize("file", ["config.json", "summary.json"])
-@pytest.mark.parametrize("text", ["[1]", "3", "{", "[" * 10**5, *JSONS])
+@pytest.mark.parametrize("text", ["[1]", "3", "{", "[" * 10**5, '{"rounds": 3}', '{"rounds": [3]}'])
 def test_damaged_jsons_are_one_line(empty, capsys, file, text):
     run(argv := f"{TINY} --steps 2 --out r")
-    config = json.loads(Path("r/config.json").read_text())
     if file == "config.json":
         Path("r/summary.json").unlink()
-        if text[0] == "{" and len(text) > 1:
-            text = json.dumps(config | {"environment": json.loads(text)["environment"]})
     (empty / "r" / file).write_text(text)
-    refused(capsys, argv, f"r/{file}")
-    if "environment" not in text:
-        refused(capsys, "--table r", f"r/{file}")
+    refused(capsys, argv, "r" if file == "config.json" else "r/summary.json")
+    if text[0] != "{" or file == "summary.json":
+        refused(capsys, "--table r", "r/" if text[0] != "{" else "summary.json")
 
 
 def test_words_that_a_terminal_does_not_have_do_not_end_a_run(empty, monkeypatch):
