@@ -1338,7 +1338,7 @@ def iterative_magnitude_pruning(
     make_nets, train_fn, densities, *,
     rewind_step=0, scope="global", prune=None, controls=False, seed=0
 ):
-    """Train, keep the largest, rewind, repeat: a generator of Rounds. Frankle et al. 2019, 2020; [1].
+    """Train, keep the largest, rewind, repeat; a generator of Rounds. Frankle et al. 2019, 20; [1].
     make_nets    (draw) -> nn.ModuleDict of fresh networks; 0: this run's start, 1, 2, ...: others
     train_fn     (name, nets, masks, start, after_step, state) -> anything; trains `nets` in place
                  from step `start`, calls after_step(steps done, out), checkpoints `state` too
