@@ -971,10 +971,8 @@ def make_optimizer(kind, net, lr, betas=(0.9, 0.999)):
 def set_rate(optimizer, lr):
     """Set a learning rate; a tensor is filled, since a graph reads that very tensor."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+        tensor = isinstance(group["lr"], torch.Tensor)
+        group["lr"] = group["lr"].fill_(lr) if tensor else lr
 
 def graphed(update, warmup=3):
     """`update` as a CUDA graph: one launch a step, not thousands, which a GPU would wait for.
@@ -1050,7 +1048,7 @@ def train(
     ema         nn.ModuleDict of copies of the roles that are averaged; ema_longest: longest decay
     eval_every  steps between evaluations; one is at the end and, where that is not all, at `start`
     checkpoint  a Checkpoint: a finished training returns at once, one that was cut off goes on
-    A loss that is not finite ends it with FloatingPointError (on CUDA every tenth is looked at)."""
+    FloatingPointError for a loss that is not finite (on CUDA every tenth is looked at)."""
     masks, ema = masks or {}, ema or nn.ModuleDict()
     state = {} if state is None else state
     look_every = 1 if next(nets.parameters()).is_cpu else 10
@@ -1713,9 +1711,8 @@ def row_largest(weight, mask, dim=0):
     return best.view(rows.shape).transpose(0, dim)
 
 def seed_optimizer_state_(optimizer, weights, grown, gradients):
-    """Optimizer state at newly grown weights: first moment and momentum 0, second moment g^2.
-    With 0 there Adam's first step could be lr / sqrt(1 - beta2), 31 times too long: its correction
-    for the start is long past. Wang et al.'s code leaves both as they are."""
+    """Optimizer state at newly grown weights: first moment and momentum 0, second moment g^2. With
+    0 there Adam's first step could be lr / sqrt(1 - beta2), 31 times too long."""
     for name, new in grown.items():
         square = gradients[name] ** 2
         starts = {"exp_avg": 0.0, "momentum_buffer": 0.0}
@@ -1725,8 +1722,8 @@ def seed_optimizer_state_(optimizer, weights, grown, gradients):
                 value.copy_(torch.where(new, starts[key], value))
 
 def update_masks_(nets, role, optimizer, masks, drop, grow, how, generator):
-    """drop_and_grow_ on those of `masks` that are of one network, by the gradients of the step just
-    done, and its optimizer's state. Returns whether a dense gradient was read, for the MACs."""
+    """drop_and_grow_ on the masks of one network, and its optimizer's state; by the gradients that
+    are there. Returns whether a dense gradient was read, for the MACs."""
     weights, dims = {}, {}
     for short, module in prunable_modules(nets[role]):
         name = f"{role}.{short}"
@@ -1833,8 +1830,7 @@ def dynamic_gan(
     update_every      steps between updates of G's mask (SDST); 0: it stays (dense, static)
     control           None, or DDST's dict(every, first, limits): steps between decisions on D, the
                       first step that may have one, and what `controller` shall know
-    The gradients are those of the step just done, as in the authors' code. RigL replaces a step by
-    the update: G would miss one against D."""
+    By gradients of the step just done, as in the authors' code; RigL replaces a step instead."""
     state.setdefault("window", [])
     state.setdefault("history", [[start, counts_of(masks), []]])
     state.setdefault("log", role_densities(nets, masks))
@@ -2188,27 +2184,24 @@ def measure(nets, held_out, truth, reference=None, seed=0):
 def mac_positions(model, *inputs):
     """{name of prunable weight: positions per image at which it works}: a convolution's output
     pixels, a transposed one's input pixels, a sequence's length, else 1. MACs are positions x
-    weights kept; not counted: queries x keys, weights used without a call of their module. B = 1"""
+    weights kept. ValueError for weights that are used without a call of their own layer. B = 1"""
     found, model = collections.Counter(), copy.deepcopy(model).eval()
     first = {id(w): name for name, w in prunable_parameters(model).items()}
-    kind = nn.MultiheadAttention  # reads the weight of its out_proj
-    caller = {m.out_proj: m for m in model.modules() if isinstance(m, kind)}
 
     def count(name, module, args, output):
-        while isinstance(output, tuple):  # attention, recurrent layers
+        while isinstance(output, tuple):  # recurrent layers
             output = output[0]
-        if isinstance(module, kind):
-            lengths = {x.shape[:-1] for x in args[1:3]}
-            if lengths != {output.shape[:-1]}:
-                raise ValueError(f"{name}: MACs need keys as many as queries")
         area = args[0] if getattr(module, "transposed", False) else output
         channels = -1 - len(getattr(module, "kernel_size", ()))
         found[name] += area.numel() // area.shape[channels]  # +=: called twice
 
     for name, module in prunable_modules(model):
-        hook = functools.partial(count, first[id(model.get_parameter(name))])
-        caller.get(module, module).register_forward_hook(hook)
+        name = first[id(model.get_parameter(name))]
+        module.register_forward_hook(functools.partial(count, name))
     model(*inputs)
+    missing = sorted({*first.values()} - found.keys())
+    if missing:
+        raise ValueError(f"MACs of {missing} are unknown: no call of their layer was seen")
     return dict(found)
 
 def flat_positions(nets, size, channels):
@@ -2228,10 +2221,9 @@ def training_macs(
                masks from that step on, and whose gradient that very step read to set them
     positions  of mac_positions, sizes {name: weights}; a weight without a mask counts whole
     n_critic   steps of D per step of G and g_batch, G's batch; 0: no GAN
-    With f MACs of one forward per image, a backward costs 2 f, or f for the input alone; a dense
-    gradient its difference to a sparse one (D: twice, real and fake).
-    paper=True: Wang et al.'s code, which leaves out D's fake half and input gradient, the ratio and
-    dense gradients and has n_critic twice for D (and biases and norms, not here: + 0.15 %)."""
+    A backward costs two forwards, or one for the input alone. paper=True: Wang et al.'s code leaves
+    out D's fake half and input gradient, the ratio and dense gradients and has n_critic twice for D
+    (and biases and norms, not here: + 0.15 %)."""
     B, B_G, total = batch_size, g_batch, 0
     B_D, paper = n_critic * B, paper and n_critic  # theirs is for GANs
 

@@ -3099,8 +3099,8 @@ def test_macs_by_hand_and_of_the_papers_generator():
     model = nn.Sequential(*convs, nn.Flatten(), nn.Linear(4 * 8 * 8, 5))
     by_hand = {"0.weight": 16, "1.weight": 16, "3.weight": 1}
     assert L.mac_positions(model, torch.zeros(1, 3, 8, 8)) == by_hand
-    with pytest.raises(ValueError, match="in_proj_weight: MACs"):  # more queries than keys
-        L.mac_positions(nn.MultiheadAttention(4, 1), torch.zeros(3, 4), *torch.zeros(2, 2, 4))
+    with pytest.raises(ValueError, match="out_proj.weight.* no call of their layer"):
+        L.mac_positions(nn.MultiheadAttention(4, 1), *torch.zeros(3, 2, 4))
     nets, positions, sizes = of_the_paper()
     assert sum(positions[n] * sizes[n] for n in sizes if n[0] == "G") == 1_681_129_472
     shapes = {f"G.{n}": tuple(w.shape) for n, w in L.prunable_parameters(nets["G"]).items()}
@@ -3115,8 +3115,6 @@ POSITIONS = [
     (nn.Linear(3, 4), [torch.zeros(1, 5, 6, 3)], [30]),
     (nn.ConvTranspose1d(7, 4, 3), [X], [8]),
     (nn.LSTM(8, 5, bidirectional=True), [X[0], (torch.zeros(2, 5),) * 2], [7] * 4),
-    (nn.MultiheadAttention(8, 2), [X[0]] * 3, [7, 7]),
-    (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), [X], [7] * 4),
 ]
 
 
@@ -3143,12 +3141,16 @@ def test_networks_of_other_kinds_are_scored_grown_and_counted_exactly(kind):
     for score in (L.score_snip, L.score_grasp):
         scores = scored(score, nets, loss)
         assert all(s.isfinite().all() and s.any() for s in scores.values())
-    with FlopCounterMode(display=False) as flops:
-        net.eval()(x[:1])
-    parts, aten = flops.get_flop_counts()["Global"], torch.ops.aten
-    positions = L.mac_positions(net, x[:1])  # addmm: without queries x keys
-    macs = sum(positions[n.removeprefix("net.")] * w.numel() for n, w in weights.items())
-    assert 2 * macs == parts[aten.convolution] + parts[aten.addmm]
+    if kind == "VisionTransformer":  # its attention reads a weight whose layer it does not call
+        with pytest.raises(ValueError, match="out_proj"):
+            L.mac_positions(net, x[:1])
+    else:
+        with FlopCounterMode(display=False) as flops:
+            net.eval()(x[:1])
+        parts, aten = flops.get_flop_counts()["Global"], torch.ops.aten
+        positions = L.mac_positions(net, x[:1])
+        macs = sum(positions[n.removeprefix("net.")] * w.numel() for n, w in weights.items())
+        assert 2 * macs == parts[aten.convolution] + parts[aten.addmm]
     masks = L.prune_masks(scores, 0.2, keep_best=True)
     L.apply_masks_(nets, masks)
     loss().backward()
