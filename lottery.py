@@ -741,8 +741,7 @@ def erk_densities(shapes, density):
     return {n: 1.0 if n in dense else eps * ratio[n] for n in shapes}
 
 def exact_counts(densities, sizes, total):
-    """Whole numbers near densities x sizes that add up to `total`, from 1 to the size each.
-    Floors, then the largest fractions. (The authors' draw per weight misses it by hundreds.)"""
+    """Whole numbers near densities x sizes, 1 to size each, `total` in all: by largest fractions."""
     if not len(sizes) <= total <= sum(sizes.values()):
         raise ValueError(f"{total} weights cannot keep {len(sizes)} layers alive")
     wanted = {n: densities[n] * sizes[n] for n in sizes}
@@ -750,7 +749,7 @@ def exact_counts(densities, sizes, total):
     while left := total - sum(counts.values()):
         step = 1 if left > 0 else -1
         able = [n for n in sizes if 1 <= counts[n] + step <= sizes[n]]
-        able.sort(key=lambda n: step * (counts[n] - wanted[n]))  # furthest off first
+        able.sort(key=lambda n: step * (counts[n] - wanted[n]))
         for n in able[: abs(left)]:
             counts[n] += step
     return counts
@@ -840,8 +839,8 @@ def gan_step(G, D, optimizers, real, z_D, z_G, objective="hinge", clip=0.0, mask
     `z` and its images `fake` of them, made before its step. G's backward stops at G (`inputs=`);
     otherwise its loss would leak into the gradients by which D grows."""
     masks = masks or {"G": {}, "D": {}}
-    apart = any(isinstance(m, nn.BatchNorm2d) for m in D.modules())  # it shall see one kind
-    how = dict(dtype=torch.bfloat16, enabled=amp, cache_enabled=False)  # no cache: see graphed
+    apart = any(isinstance(m, nn.BatchNorm2d) for m in D.modules())  # it sees one kind
+    how = dict(dtype=torch.bfloat16, enabled=amp, cache_enabled=False)  # see graphed
     autocast = torch.autocast(real.device.type, **how)
     for x, z in zip(real, z_D):  # (B, c, S, S), (B, z)
         D.zero_grad()
@@ -948,8 +947,7 @@ def untouched(*models):
 #                             Its memory, `state`, is in the checkpoint; state["log"] is shown
 #    Try: progress_line(9, 99, {"D": 1.3}, 6) -> 'step 9/99  D 1.300  6.000 s a step, 9 min left'
 
-# What a training leaves beside the networks: steps done, the rows of its metrics file (dicts), the
-# metric of the last one, seconds inside the loop over all starts.
+# Of a training: steps done, rows of its metrics file, the last one's metric, seconds in the loop.
 Trained = collections.namedtuple("Trained", "step rows metric seconds")
 
 def make_optimizer(kind, net, lr, betas=(0.9, 0.999)):
@@ -1137,7 +1135,7 @@ def locked(folder):
 class Checkpoint:
     """What a run folder keeps of the training `name`: last.pt while it runs, done-NAME.pt when it
     has ended, metrics-NAME.csv. `every_s`: seconds between checkpoints; it changes no weight."""
-    stop = None  # of the process: a signal that asks a training to end, or 0; None: none runs
+    stop = None  # a signal that asks to end, or 0; None: no training runs
 
     def __init__(self, folder, name, every_s=120.0):
         self.name, self.every_s = name, every_s
@@ -1162,7 +1160,7 @@ class Checkpoint:
             for name, mask in masks.items():
                 mask.copy_(saved["masks"][name])
             for role, moments in saved.get("optimizers", {}).items():
-                groups = optimizers[role].state_dict()["param_groups"]  # of this device
+                groups = optimizers[role].state_dict()["param_groups"]
                 optimizers[role].load_state_dict(moments | {"param_groups": groups})
                 for p, values in optimizers[role].state.items():
                     sized = {n: v for n, v in values.items() if n != "step"}
@@ -1623,8 +1621,7 @@ def load_model(path, device="cpu"):
 #    Try: controller(0.6, 480, 0.45, 0.55, 50, 50, 500, 1000) -> ('grow', 500)
 
 def two_layer_ddst(steps=1500, every=20, low=0.45, high=0.55, seed=0):
-    """A whole DDST run: G's mask moves, D's density follows the balance ratio; two networks of two
-    layers, pictures of 8 x 8, in seconds.
+    """A whole DDST run on 8 x 8 pictures: G's mask moves, D's density follows the balance ratio.
     Returns [(step, balance ratio, density of G, density of D), ...], a row per decision on D."""
     x = shapes(3000, 8, 0)[0].flatten(1).float() / 127.5 - 1  # (N, 192)
     G = nn.Sequential(nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 192), nn.Tanh())
@@ -1648,7 +1645,7 @@ def two_layer_ddst(steps=1500, every=20, low=0.45, high=0.55, seed=0):
         real = x[batch_index(len(x), 64 * step, 64, seed)]
         z_D, z_G = (latents(64, 16, seed, step, role) for role in ("D", "G"))
         out = gan_step(G, D, adam, real[None], z_D[None], z_G, masks=split)
-        now = measure_balance(G, D, real, z_G, out["fake"])  # how much of D's lead G won back
+        now = measure_balance(G, D, real, z_G, out["fake"])  # what G won back
         window = [*window, now][-2 * every :]
         if step % every == 0:  # G: the smallest weights go, as many grow
             exchange = int(drop_share(step, steps) * kept(split["G"]))
@@ -1671,7 +1668,7 @@ def drop_and_grow_(
     New weights start at 0; what was just dropped may grow back, and keeps its value. The largest
     kept weight of an output row stays: spectral norm of an empty layer is 0/0. Gradients of exactly
     0 say nothing (a hinge D beyond its margins): where they run out the dropped come back first.
-    Returns ({name: bool, newly grown}, number dropped, number grown), exact counts."""
+    Returns ({name: bool, newly grown}, number dropped, number grown)."""
     def flat(tensors):
         return torch.cat([tensors[name].detach().flatten() for name in masks])
 
@@ -2442,7 +2439,7 @@ def derive(s, given):
     gan, ddst = s.model in GANS, s.method == "ddst"
     s.prune = s.prune or s.roles
     s.channels = 1 if s.grey else s.channels
-    s.lr = min(s.lr, torch.finfo(torch.float32).max)  # above it torch does not even diverge
+    s.lr = min(s.lr, torch.finfo(torch.float32).max)  # above, torch fails
     at_end = s.method == "imp" or s.features == "inception"
     s.eval_every = s.eval_every or (s.steps if at_end else max(1, s.steps // 10))
     if s.method == "imp":
@@ -2538,17 +2535,15 @@ def check_folder(folder, s):
     if s.method == "imp" or s.controls:  # compared, so measured alike
         names += EVALUATION
     differ = [n for n in names if theirs.get(n) != ours[n]]
-    both = [f"{n} {theirs.get(n)} there, {ours[n]} here" for n in differ]
+    both = "; ".join(f"{n} {theirs.get(n)} there, {ours[n]} here" for n in differ)
     if differ:
-        what = f"another run of {s.dataset}: {'; '.join(both)}"
-        raise ValueError(f"--out {folder} holds {what}")
+        raise ValueError(f"--out {folder} holds another run of {s.dataset}: {both}")
 
 class Run:
-    """A run of the command line: settings, data, networks and folder. Images are uint8 (N, C, S, S)
-    or an ImageStream; masks are flat, "G.stem.weight", and {} when dense."""
+    """A run of the command line: settings, data, networks and folder; masks are flat, {}: dense."""
     def __init__(self, s):
         self.s, self.folder = s, Path(s.out)
-        self.seconds, self.spent = {}, {}  # of the trainings so far
+        self.seconds, self.spent = {}, {}  # by training
 
     def load(self):
         """Read data and feature network. ValueError if something is missing; writes nothing."""
@@ -2564,7 +2559,7 @@ class Run:
             more = dict(labelled=s.model in CLASSIFIERS, grey=s.grey)
             self.images, self.labels = load_images(s.dataset, *how, **more)
             self.held_out, self.truth = load_images(s.dataset, *how, train=False, **more)
-            decode_folder.cache_clear()  # the whole set a second time: free it
+            decode_folder.cache_clear()  # held twice: free it
         s.data_listing = list_images(folder)[1] if folder else None
         s.data_images, held_out = len(self.images), len(self.held_out)
         if s.data_images < s.batch_size or not held_out:
@@ -2583,13 +2578,11 @@ class Run:
             self.reference = distance_reference(self.images, self.held_out, network, *chosen)
 
     def fresh(self, draw=0):
-        """Networks at their initial weights, on the run's device; draw see `build`."""
         s = self.s
         size = s.image_size, s.channels, s.width, s.z
         return build(s.model, *size, s.seed, s.classes, draw).to(s.device)
 
     def noise(self, step, purpose, k=0, batches=1):
-        """Latents (B x batches, z) for one purpose of a step."""
         s = self.s
         return latents(batches * s.batch_size, s.z, s.seed, step, purpose, k, s.device)
 
@@ -2654,9 +2647,6 @@ class Run:
             move_masks(step, out)
             return after_step and after_step(step, out)
 
-        def evaluate(step):
-            return self.measure(self.for_use(nets, ema))
-
         draw, update = self.halves(nets, optimizers, masks)
         if s.device != "cpu":
             torch.cuda.set_device(s.device)
@@ -2665,7 +2655,8 @@ class Run:
         checkpoint = Checkpoint(self.folder, name, s.checkpoint_s)
         how = dict(optimizers=optimizers, start=start, masks=masks, state=state)
         how |= dict(after_step=both, ema=ema, ema_longest=s.ema)
-        how |= dict(evaluate=evaluate, eval_every=s.eval_every, checkpoint=checkpoint)
+        how |= dict(eval_every=s.eval_every, checkpoint=checkpoint)
+        how["evaluate"] = lambda step: self.measure(self.for_use(nets, ema))
         try:
             done = train(nets, draw, update, s.steps, **how)
         except FloatingPointError as error:
@@ -2677,34 +2668,29 @@ class Run:
         return done
 
     def for_use(self, nets, ema):
-        """networks_for_use; leaves their pictures in the folder, too."""
         s = self.s
         use = networks_for_use(nets, ema, s.seed, s.batch_size)
         draw_pictures(self.folder, use, self.held_out, s.model in SAMPLED, s.seed)
         return use
 
     def measure(self, use):
-        """`measure` of networks for use, on what is held out."""
         return measure(use, self.held_out, self.truth, self.reference, self.s.seed)
 
-    def layers(self, nets):
-        """(mac_positions, {name: weights}) of networks, by flat names."""
+    def layers(self, nets):  # (mac_positions, {name: weights})
         sizes = {name: w.numel() for name, w in prunable_parameters(nets).items()}
         return flat_positions(nets, self.s.image_size, self.s.channels), sizes
 
-    def training_macs(self, nets, history, step, ratios=True):
-        """(exact, Wang et al.'s) MACs of a training of `nets` up to a step."""
+    def training_macs(self, nets, history, step, ratios=True):  # exact, Wang et al.'s
         s, layers = self.s, self.layers(nets)
         batches = s.batch_size, s.n_critic or 0, s.g_batches * s.batch_size
         given = history, step, *layers, *batches, s.ratio_every * ratios
         return training_macs(*given), training_macs(*given, paper=True)
 
 def start_masks(s, nets):
-    """Flat masks to start with; {}: dense. ddst's D has them while all are 1, too: they will move.
-    ValueError where a share leaves a layer without a weight: later pruning is tried out."""
+    """Flat masks to start with; {}: dense. ValueError where a share would empty a layer later."""
     if s.method in SPARSE:
         shares = {r: s.density_D if r == "D" else s.density for r in s.roles}
-        if s.method != "ddst":
+        if s.method != "ddst":  # its D has masks while all are 1, too: they will move
             shares = {r: d for r, d in shares.items() if d < 1}
         return erk_masks(nets, shares, s.seed)
     if s.method in FROM_TICKET:
@@ -2774,8 +2760,7 @@ def open_ticket(s, nets):
     return masks
 
 def run_masked(run):
-    """Train run.nets x run.masks from the rewind step on: dense, static, sdst and ddst from 0, and
-    tickets, with --controls beside their two controls."""
+    """Train run.nets x run.masks from the rewind step (0: dense to ddst), and the two controls."""
     s, nets, masks, start = run.s, run.nets, run.masks, run.s.rewind_step
     theta, more = copy.deepcopy(nets.state_dict()), {}
     done = run.fit(s.method, nets, masks, start)
@@ -2843,8 +2828,8 @@ def run_earlybird(run):
     finish(run, small, {}, after, value_before=before.metric, **more)
 
 def finish(run, nets, masks, done, **more):
-    """Leave pictures, model.pt and summary.json, the row of --table. Shares and MACs are relative
-    to the dense networks and one dense training of them, balance ratios aside."""
+    """Leave pictures, model.pt and summary.json. Shares and MACs are relative to the dense networks
+    and one dense training of them, balance ratios aside."""
     s, last = run.s, done.rows[-1]
     positions, sizes = run.layers(nets)
     whole_positions, whole = run.layers(run.nets)
@@ -2970,8 +2955,7 @@ def run_method(given):
 
 @contextlib.contextmanager
 def catching_signals():
-    """Ctrl-C and SIGTERM let a training that runs write a checkpoint and end. Elsewhere, and with
-    the second Ctrl-C, the process ends at once."""
+    """Ctrl-C, SIGTERM: a training ends with a checkpoint; elsewhere, or again, all at once."""
     def receive(number, frame):
         again = number == signal.SIGINT and Checkpoint.stop
         if again or Checkpoint.stop is None:
@@ -2989,9 +2973,8 @@ def catching_signals():
             signal.signal(number, handler)
 
 def main(argv=None):
-    """The command line; returns the exit code: 0, 2 for bad input, 1 for a diverged training, 130
-    or 143 after a signal."""
-    if hasattr(sys.stdout, "reconfigure"):  # "?" for a letter that it does not have
+    """Returns the exit code: 0, 2 bad input, 1 a diverged training, 130 or 143 after a signal."""
+    if hasattr(sys.stdout, "reconfigure"):  # "?" for what it lacks
         sys.stdout.reconfigure(errors="replace")
     try:
         with catching_signals():
