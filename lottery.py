@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Lottery tickets and sparse training for generative models, in one file.
 
-Result   @RESULT@
+Result   --method ddst --dataset celeba --n-critic 1 --steps 6000 (30 % of G's weights), seed 0:
+         FD-random-2k 0.0105 (real photos 0.0078), 265 s on an H100.
 Contents 1. DATA  2. MODELS  3. MASKS  4. OBJECTIVES  5. TRAINING  6. SCORES  7. TICKETS
          8. EARLY BIRD  9. DYNAMIC SPARSE TRAINING  10. ELASTIC TICKETS
          11. METRICS  12. COMMAND LINE                        (search for "# 3. MASKS")
@@ -15,8 +16,7 @@ Papers, and where to read first
      block_map, remap_blocks, elastic_ticket
  [3] Wang et al., Balanced Training for Sparse GANs, NeurIPS 2023, 2302.14670:
      two_layer_ddst, balance_ratio, controller, dynamic_gan, run_masked
-Also You et al., Early-Bird Tickets, 1909.11957: early_bird, slim. Evci et al., RigL and ERK,
-1911.11134. Lee et al., SNIP, 1810.02340. Wang, Zhang & Grosse, GraSP, 2002.07376.
+Also You et al. (early_bird, slim) 1909.11957, RigL 1911.11134, SNIP 1810.02340, GraSP 2002.07376.
 """
 import argparse, collections, concurrent.futures, contextlib, copy, csv, functools, hashlib, io
 import itertools, json, math, os, re, signal, sys, textwrap, time, types
@@ -741,7 +741,7 @@ def erk_densities(shapes, density):
     return {n: 1.0 if n in dense else eps * ratio[n] for n in shapes}
 
 def exact_counts(densities, sizes, total):
-    """Whole numbers near densities x sizes, 1 to size each, `total` in all: by largest fractions."""
+    """Whole numbers near densities x sizes, 1 to size each, `total` in all; by largest fraction."""
     if not len(sizes) <= total <= sum(sizes.values()):
         raise ValueError(f"{total} weights cannot keep {len(sizes)} layers alive")
     wanted = {n: densities[n] * sizes[n] for n in sizes}

@@ -3700,6 +3700,10 @@ def test_the_commands_and_snippets_of_readme_are_real(empty, capsys):
         exec(snippet, {})
         answers, printed = re.findall(r"# -> (.*)", snippet), capsys.readouterr().out.splitlines()
         assert answers and [line for line in printed if line in answers] == answers, printed
+    broken = re.findall(r"^- `(.*)`:\s+`(test_\w+)`", text, re.M)
+    code, tests = ((HERE / name).read_text() for name in ("lottery.py", "test_lottery.py"))
+    assert len(broken) == 3
+    assert all(line in code and f"def {test}(" in tests for line, test in broken)
 
 
 if __name__ == "__main__":
