@@ -5,6 +5,7 @@ training loop); the command line, in process and as a real command. `python test
 test: it prints the ratios that README quotes (make bench).
 """
 
+import ast
 import copy
 import csv
 import io
@@ -348,6 +349,69 @@ def test_what_the_banners_say_to_try_gives_what_they_say():
     assert len(tries) == 12
     for line, answer in tries:
         assert repr(eval(line, dict(vars(L)))) == answer, line
+
+
+def pasted(name):
+    """A module that holds the function `name` and the names of the file that it needs, no more."""
+    tree, top = ast.parse((HERE / "lottery.py").read_text()), {}
+    head = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    for node in tree.body:
+        targets = getattr(node, "targets", [getattr(node, "target", node)])
+        for target in targets:
+            key = getattr(target, "name", getattr(target, "id", None))
+            top.setdefault(key, []).append(node)
+    needed, todo = [], [name]
+    while todo:
+        key = todo.pop()
+        for node in [] if key in needed else top[key]:
+            todo += [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in top]
+        needed.append(key)
+    body = [n for n in tree.body if any(n in top[key] for key in needed)]
+    module = types.ModuleType("pasted")
+    exec(compile(ast.Module(head + body, []), name, "exec"), vars(module))
+    return module
+
+
+def paste_calls(m):
+    """A call of each function that DESIGN wants to be pasted with few others."""
+    torch.manual_seed(0)
+    x, one = torch.randn(6, 4), {"a": torch.ones(4, 4)}
+    G, D = nn.Linear(2, 4), nn.Linear(4, 1)
+    nets = nn.ModuleDict({"G": G, "D": D})
+    adam = {role: torch.optim.Adam(net.parameters()) for role, net in nets.items()}
+    blocks = {f"blocks.{i}.conv1.weight": torch.ones(1) for i in range(6)}
+    net, z = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1)), x[:, :2]
+    chain = types.SimpleNamespace(conv="0", norm="1", consumers=("2",))
+    keep = {"0": torch.tensor([True, False, True, True])}
+
+    def fit(name, nets, masks, start, after_step, state):
+        return nets["net"](x).sum().item()
+
+    def nothing(draws):
+        return {"losses": {"G": torch.zeros(())}}
+
+    return {
+        "balance_ratio": lambda: m.balance_ratio(x + 1, x - 1, x),
+        "erk_densities": lambda: m.erk_densities({"a": (4, 4), "b": (9, 8)}, 0.5),
+        "frechet_distance": lambda: m.frechet_distance(x, x + 1),
+        "ema_update_": lambda: m.ema_update_(copy.deepcopy(nets), nets, 0.9, {}) or 1,
+        "drop_and_grow_": lambda: m.drop_and_grow_({"a": x[:4]}, one, {"a": x[:4]}, 2, 2),
+        "slim": lambda: m.slim(net, keep, [chain])[0].out_channels == 3,
+        "stretch": lambda: len(m.stretch(blocks, [3, 3, 3])) == 9,
+        "gan_step": lambda: m.gan_step(G, D, adam, x[None], z[None], z),
+        "prune_masks": lambda: m.prune_masks({"a": x}, 0.5),
+        "score_snip": lambda: m.score_snip(D, lambda k: D(x).square().mean()),
+        "score_grasp": lambda: m.score_grasp(D, lambda k: D(x).square().mean()),
+        "train": lambda: m.train(nets, lambda step: step, nothing, 3, optimizers=adam),
+        "iterative_magnitude_pruning": lambda: list(
+            m.iterative_magnitude_pruning(lambda draw: nn.ModuleDict({"net": D}), fit, [0.5])
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", paste_calls(L))
+def test_a_function_runs_pasted_into_an_empty_module_with_the_names_that_it_needs(name):
+    assert paste_calls(pasted(name))[name]()
 
 
 def test_importing_prints_and_seeds_nothing_and_needs_torch_only():
