@@ -840,8 +840,8 @@ def gan_step(G, D, optimizers, real, z_D, z_G, objective="hinge", clip=0.0, mask
     otherwise its loss would leak into the gradients by which D grows."""
     masks = masks or {"G": {}, "D": {}}
     apart = any(isinstance(m, nn.BatchNorm2d) for m in D.modules())  # it sees one kind
-    how = dict(dtype=torch.bfloat16, enabled=amp, cache_enabled=False)  # see graphed
-    autocast = torch.autocast(real.device.type, **how)
+    device = real.device.type
+    autocast = torch.autocast(device, torch.bfloat16, amp, cache_enabled=False)
     for x, z in zip(real, z_D):  # (B, c, S, S), (B, z)
         D.zero_grad()
         with autocast:
@@ -876,8 +876,7 @@ def autoencoder_losses(nets, x, noise=None, beta=1.0, amp=False):
     nets {"encoder", "decoder"}; x (B, c, S, S); noise (B, z), standard normal
     AE: mean squared error. VAE (Kingma & Welling 2014): squared error summed over pixels, and beta
     KL(q(z|x) || N(0, 1)), means over the batch. Beside a mean over pixels the KL term would win."""
-    how = dict(dtype=torch.bfloat16, enabled=amp, cache_enabled=False)
-    with torch.autocast(x.device.type, **how):
+    with torch.autocast(x.device.type, torch.bfloat16, amp, cache_enabled=False):
         code = nets["encoder"](x).to(x.dtype)  # (B, z), or (B, 2z)
         if noise is not None:
             mean, log_var = code.chunk(2, 1)  # (B, z) each
@@ -903,8 +902,7 @@ def autoencoder_step(nets, optimizers, x, noise=None, beta=1.0, masks=None, amp=
 def classifier_step(net, optimizer, x, labels, masks=None, amp=False):
     """One step of a classifier: x (B, c, S, S), labels (B,) int64; masks by names in the net."""
     net.zero_grad()
-    how = dict(dtype=torch.bfloat16, enabled=amp, cache_enabled=False)
-    with torch.autocast(x.device.type, **how):
+    with torch.autocast(x.device.type, torch.bfloat16, amp, cache_enabled=False):
         logits = net(x).to(x.dtype)
     loss = F.cross_entropy(logits, labels)
     loss.backward()
