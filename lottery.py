@@ -101,7 +101,7 @@ def read_image(path, grey=False):
     if image.mode[0] in "IF":
         x = np.asarray(image, np.float64)
         tops = {"F": [1, 255], "I": [255]}.get(image.mode, [])
-        top = min(t for t in [*tops, 65535, x.max()] if t >= x.max())
+        top = next(t for t in [*tops, 65535, x.max()] if t >= x.max())
         x = x.clip(0) / top * 255
         image = Image.fromarray(x.round().astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
@@ -659,8 +659,8 @@ def prunable_modules(model):
             if value is None or not re.fullmatch(names, name):
                 continue
             if not isinstance(value, nn.Parameter):
-                steps = [type(step) for step in value]
-                if steps != [nn.utils.parametrizations._SpectralNorm]:
+                forms = [type(form) for form in value]
+                if forms != [nn.utils.parametrizations._SpectralNorm]:
                     why = "is computed anew (not by parametrizations.spectral_norm)"
                     raise ValueError(f"{path}.{name} {why}, so a mask would be lost")
                 name = f"parametrizations.{name}.original"
@@ -776,12 +776,11 @@ def erk_masks(nets, densities, seed):
 
 def shuffle_masks(masks, generator):
     """Each mask permuted within its layer by a CPU generator: only its number kept is left."""
-    shuffled = {}
-    for name, mask in masks.items():
+    flats = []
+    for mask in masks.values():
         order = torch.randperm(mask.numel(), generator=generator)
-        flat = mask.flatten()[order.to(mask.device)]
-        shuffled |= split_like(flat, {name: mask})
-    return shuffled
+        flats.append(mask.flatten()[order.to(mask.device)])
+    return split_like(torch.cat(flats), masks)
 
 @torch.no_grad()
 def apply_masks_(model, masks):
@@ -839,7 +838,7 @@ def gan_step(G, D, optimizers, real, z_D, z_G, objective="hinge", clip=0.0, mask
     `z` and its images `fake` of them, made before its step. G's backward stops at G (`inputs=`);
     otherwise its loss would leak into the gradients by which D grows."""
     masks = masks or {"G": {}, "D": {}}
-    apart = any(isinstance(m, nn.BatchNorm2d) for m in D.modules())  # it sees one kind
+    apart = any(isinstance(m, nn.BatchNorm2d) for m in D.modules())  # never mix kinds
     device = real.device.type
     autocast = torch.autocast(device, torch.bfloat16, amp, cache_enabled=False)
     for x, z in zip(real, z_D):  # (B, c, S, S), (B, z)
@@ -925,8 +924,7 @@ def untouched(*models):
     modes = [(m, m.training) for m in models.modules()]
     buffers = [(b, b.clone()) for b in models.buffers()]
     gradients = [(p, p.grad) for p in models.parameters()]
-    for p in models.parameters():
-        p.grad = None  # a backward inside must not add to these
+    models.zero_grad()  # a backward inside must not add to these
     try:
         yield
     finally:
@@ -1042,7 +1040,7 @@ def train(
     nets        nn.ModuleDict of roles; optimizers {role: optimizer}
     masks       {parameter name: mask}, changed in place by after_step only
     ema         nn.ModuleDict of copies of the roles that are averaged; ema_longest: longest decay
-    eval_every  steps between evaluations; one is at the end and, where that is not all, at `start`
+    eval_every  steps between evaluations; one is at the end and, if it is below `steps`, at `start`
     checkpoint  a Checkpoint: a finished training returns at once, one that was cut off goes on
     FloatingPointError for a loss that is not finite (on CUDA every tenth is looked at)."""
     masks, ema = masks or {}, ema or nn.ModuleDict()
@@ -1065,7 +1063,7 @@ def train(
         rows.append(row | state.get("log", {}))
         recent.clear()
 
-    if step == start and evaluate and eval_every < steps:
+    if step == start and evaluate and (end or eval_every < steps):
         add_row(True)
     began = shown = time.perf_counter()
     while not end:
@@ -1203,7 +1201,7 @@ class Checkpoint:
 @contextlib.contextmanager
 def scoring(*models):
     """`untouched`, and scores that depend on weights and data alone. Batch norm takes statistics of
-    the batch (running ones are still empty), all else is in eval mode, and spectral norm's vectors
+    the batch (running ones may be empty), all else is in eval mode, and spectral norm's vectors
     are settled, then still: scores would depend on what the last forward left. Of the kernels of
     attention only the plain one has the second derivative."""
     plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
@@ -1234,7 +1232,7 @@ def score_snip(model, loss, batches=1):
     """SNIP: |w dL/dw|, how fast the loss changes when the weight's mask leaves 1. Lee et al. 2019.
     loss(k) -> scalar on the k-th scoring batch, without weight decay, the same at every call.
     The absolute value is taken of the sum over batches; taken per batch it would score their noise.
-    A GAN's networks are scored apart, each by its own loss: in a sum of both G's scores cancel."""
+    A GAN's networks are scored apart, each by its own loss: in their sum G's scores cancel."""
     weights = prunable_parameters(model)
     tensors = list(weights.values())
     sums = [torch.zeros_like(w) for w in tensors]
@@ -1332,7 +1330,7 @@ def iterative_magnitude_pruning(
     make_nets, train_fn, densities, *,
     rewind_step=0, scope="global", prune=None, controls=False, seed=0
 ):
-    """Train, keep the largest, rewind, repeat; a generator of Rounds. Frankle et al. 2019, 20; [1].
+    """Train, keep the largest, rewind, repeat; yields Rounds. Frankle et al. 2019, 2020; [1].
     make_nets    (draw) -> nn.ModuleDict of fresh networks; 0: this run's start, 1, 2, ...: others
     train_fn     (name, nets, masks, start, after_step, state) -> anything; trains `nets` in place
                  from step `start`, calls after_step(steps done, out), checkpoints `state` too
@@ -1832,7 +1830,8 @@ def dynamic_gan(
 
     def move(role, drop, grow, step):
         chance = rng(seed, step, f"grow {role}")
-        return update_masks_(nets, role, optimizers[role], masks, drop, grow, how, chance)
+        given = optimizers[role], masks, drop, grow, how, chance
+        return update_masks_(nets, role, *given)
 
     def move_D(share, step):
         now = kept(of_role(masks, "D"))
@@ -1857,8 +1856,8 @@ def dynamic_gan(
             return
         share, read_dense_gradient = drop_share(step, steps), []
         if due_G:
-            exchange = int(share * kept(of_role(masks, "G")))
-            if move("G", exchange, exchange, step):
+            n = int(share * kept(of_role(masks, "G")))
+            if n and move("G", n, n, step):
                 read_dense_gradient.append("G")
         if due_D and move_D(share, step):
             read_dense_gradient.append("D")
@@ -1887,7 +1886,8 @@ def dynamic_layers(
                 continue
             n = int(drop_share(step, end, 0.3, 0.0) * kept(one))
             chance = rng(seed, step, f"grow {name}")
-            if update_masks_(nets, role, optimizers[role], one, n, n, how, chance):
+            given = optimizers[role], one, n, n, how, chance
+            if update_masks_(nets, role, *given):
                 read_dense_gradient.add(role)
         state["history"].append([step, counts_of(masks), sorted(read_dense_gradient)])
 
@@ -1909,7 +1909,7 @@ def role_densities(nets, masks):
 #     Try: block_map(3, 5) -> [0, 1, 2, 1, 2]
 
 def block_map(source, target, order="append"):
-    """[source block of target block 0, 1, ...] for a stage of `source` blocks. Chen et al. 2021.
+    """[source block of target block 0, 1, ...]; to grow, `source` > 1 blocks. Chen et al. 2021.
     Block 0 stays. The others, the units, are copied equally often, some of the first once more.
     "append": copies stand behind the last copied unit; "interpolate": each behind its source. A
     squeeze, of which the paper says little, drops the tail, or keeps the first of each group."""
@@ -2410,8 +2410,8 @@ def resolve(given):
     first = given, ticket, BY_METHOD.get(method, {})
     known = types.SimpleNamespace(**collections.ChainMap(*first, DEFAULTS))
     model, dataset = known.model, known.dataset
-    check_read(given, method, model)
     check(given)
+    check_read(given, method, model)
     preset = {}
     if dataset == "shapes":
         preset = {"rounds": 5, **SHAPES_PRESET[model]}
@@ -2449,12 +2449,10 @@ def derive(s, given):
     most = most if ddst else math.inf
     s.ratio_every = s.ratio_every or min(10, most)
     s.ratios_per_decision = s.window // s.ratio_every if ddst else None
-    if s.method not in MOVING:
-        s.update_every = 0
-    elif gan:
-        s.update_every = every_G
-    elif s.update_every is None:  # RigL: 100 of 97,656 steps
-        s.update_every = min(100, max(20, s.steps // 600))
+    if not gan:  # RigL: 100 of 97,656 steps
+        usual = min(100, max(20, s.steps // 600))
+        every_G = usual if s.update_every is None else s.update_every
+    s.update_every = every_G if s.method in MOVING else 0
     if ddst and s.density_D is None:
         s.density_D = s.density
         if s.dataset == "shapes" and "density" not in given:
@@ -2494,9 +2492,9 @@ def ticket_settings(given, method):
     if path.is_dir():
         path /= str(read_json(path / "summary.json").get("ticket"))
     theirs = load_ticket(path)["settings"]
-    names = "dataset seed width image_size z".split()
+    names = "dataset seed width image_size z flip grey".split()
     if method != "transfer":
-        names += "steps batch_size lr rewind_step prune".split()
+        names += "steps batch_size lr rewind_step".split()
     if method == "ticket":
         names += "model ema n_critic beta".split()
     ours = {n: theirs[n] for n in names if theirs.get(n) is not None}
@@ -2541,7 +2539,7 @@ class Run:
     """A run of the command line: settings, data, networks and folder; masks are flat, {}: dense."""
     def __init__(self, s):
         self.s, self.folder = s, Path(s.out)
-        self.seconds, self.spent = {}, {}  # by training
+        self.seconds, self.spent = {}, {}
 
     def load(self):
         """Read data and feature network. ValueError if something is missing; writes nothing."""
@@ -2557,7 +2555,7 @@ class Run:
             more = dict(labelled=s.model in CLASSIFIERS, grey=s.grey)
             self.images, self.labels = load_images(s.dataset, *how, **more)
             self.held_out, self.truth = load_images(s.dataset, *how, train=False, **more)
-            decode_folder.cache_clear()  # held twice: free it
+            decode_folder.cache_clear()  # held twice
         s.data_listing = list_images(folder)[1] if folder else None
         s.data_images, held_out = len(self.images), len(self.held_out)
         if s.data_images < s.batch_size or not held_out:
@@ -2573,7 +2571,8 @@ class Run:
                 count, part = 50_000, "train"
             chosen = s.features, s.eval_images or count, s.reference or part
             network = feature_network(s.features, s.inception_weights).to(s.device)
-            self.reference = distance_reference(self.images, self.held_out, network, *chosen)
+            sets = self.images, self.held_out
+            self.reference = distance_reference(*sets, network, *chosen)
 
     def fresh(self, draw=0):
         s = self.s
@@ -2632,7 +2631,7 @@ class Run:
 
     def fit(self, name, nets, masks, start=0, after_step=None, state=None, average=None):
         """One named training; returns Trained, at once when it is done already. A method is a
-        sequence of such calls. average: of G, to start from (G itself); self.ema keeps it."""
+        sequence of such calls. average: G's at the start (None: G itself); see self.ema."""
         s, state, optimizers = self.s, {} if state is None else state, {}
         for role, net in nets.items():
             optimizers[role] = make_optimizer(s.optimizer, net, s.lr, s.betas)
@@ -2758,7 +2757,7 @@ def open_ticket(s, nets):
     return masks
 
 def run_masked(run):
-    """Train run.nets x run.masks from the rewind step (0: dense to ddst), and the two controls."""
+    """Train run.nets x run.masks from the rewind step (0: no rewinding), and the two controls."""
     s, nets, masks, start = run.s, run.nets, run.masks, run.s.rewind_step
     theta, more = copy.deepcopy(nets.state_dict()), {}
     done = run.fit(s.method, nets, masks, start)
@@ -2864,7 +2863,7 @@ dense ticket random shuffled verdict reference floor kid error
 balance_ratio kept macs_relative training_macs_relative seconds seeds""".split()
 
 def table(groups):
-    """Lists of dicts as text, a line each; numbers as mean ± sd where they differ."""
+    """Lists of dicts as text, a line each; floats as mean ± sd, else the first."""
     columns = []
     for key in COLUMNS:
         column = [key]
@@ -2883,15 +2882,16 @@ def table(groups):
 
 def run_table(folders):
     """--table DIR...: finished runs, below them the rounds of those that have some. Runs that
-    differ in seed and ticket only are one row; their rounds have no verdict, it is the reader's."""
+    differ in seed and ticket only are one row; their rounds are means, without a verdict."""
     groups = collections.defaultdict(list)
-    ours = "seed environment ticket ticket_file ticket_sha256"
+    skip = "seed environment ticket ticket_file ticket_sha256"
     for folder in map(Path, folders):
         config = read_json(folder / "config.json")
-        for name in (*NOT_IDENTITY, *ours.split()):
+        for name in (*NOT_IDENTITY, *skip.split()):
             config.pop(name, None)
         row = read_json(folder / "summary.json")
-        groups[str((config, row.get("metric")))].append(row)
+        key = config, row.get("metric"), row.get("reference")
+        groups[str(key)].append(row)
     for rows in groups.values():
         rows[0]["seeds"] = len(rows)
     print(table(groups.values()))
@@ -2978,7 +2978,7 @@ def main(argv=None):
         with catching_signals():
             given = parse(argv)
             if given.keys() == {"table"}:
-                with reading("a summary.json of them"):
+                with reading("a run of --table"):
                     run_table(given["table"])
             elif "evaluate" in given:
                 run_evaluate(given)

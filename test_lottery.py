@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -635,6 +636,13 @@ def test_every_kind_of_picture_is_read_alike_by_both_readers(tmp_path, kind):
             assert len(image.unique()) == 64 and (image.min(), image.max()) == (0, 255)
         else:
             assert dark.max() < 9 and bright.min() > 190
+
+
+@pytest.mark.parametrize("value, wanted", [(1000, 4), (0, 0), (60_000, 233), (0.25, 64)])
+def test_a_dark_picture_of_many_bits_stays_dark(tmp_path, value, wanted):
+    kind = np.uint16 if isinstance(value, int) else np.float32
+    Image.fromarray(np.full((8, 8), value, kind)).save(tmp_path / "x.tif")
+    assert {*np.asarray(L.read_image(tmp_path / "x.tif", True)).flat} == {wanted}
 
 
 def test_without_flip_nothing_is_mirrored(tmp_path):
@@ -3314,6 +3322,7 @@ def test_every_flag_is_refused_out_of_its_range_and_where_nothing_reads_it(empty
     "argv, words",
     [
         ("--steps many", ["--steps", "many"]),
+        ("--density .5 --method foo", ["--method takes"]),
         ("--no-such-flag 3", ["no-such-flag"]),
         ("--model resnet20 --method ddst", ["resnet20", "sdst"]),
         ("--method imp --rounds 3 --density 0.5", ["--rounds", "--density"]),
@@ -3360,6 +3369,7 @@ def test_a_setting_comes_from_flag_ticket_method_preset_model_data_set_and_row_i
     a_ticket(empty / "t.pt", "vae", 0.05, steps=6, batch_size=8, lr=0.5)
     s = of(method="ticket", ticket="t.pt", lr=0.25)
     assert (s.model, s.width, s.steps, s.lr, s.rewind_step) == ("vae", 0.05, 6, 0.25, 2)
+    assert not of(method="ticket", ticket="t.pt", dataset="cifar10").flip  # its own, not the set's
     with pytest.raises(ValueError, match="--steps takes"):  # a ticket's settings are checked, too
         a_ticket(empty / "odd.pt", "vae")
         odd = read(empty / "odd.pt")
@@ -3611,6 +3621,12 @@ def test_seeds_are_one_row_with_mean_and_sd_and_a_run_measures_again(empty, caps
     assert "verdict" not in lines[4] and " ± " in lines[5]  # over seeds it is the reader's
     assert L.main("--evaluate d --eval-images 640 --device cpu".split()) == 0
     assert f"metric {summary['value']}" in capsys.readouterr().out
+    (empty / "o").mkdir()  # the same run, measured by another reference: a row of its own
+    for name, more in (("config.json", {}), ("summary.json", {"reference": "9 train"})):
+        text = json.dumps(json.loads(Path("d", name).read_text()) | more)
+        (empty / "o" / name).write_text(text)
+    assert L.main("--table d o".split()) == 0 and len(capsys.readouterr().out.splitlines()) == 3
+    shutil.rmtree("o")
     assert before == {p: p.read_bytes() for p in empty.rglob("*") if p.is_file()}
     refused(capsys, "--evaluate r0 --eval-images 700", "--eval-images", "linear_ae")
 
@@ -3660,6 +3676,11 @@ def test_a_round_that_diverges_ends_the_rounds_and_not_the_run(empty, few, monke
     monkeypatch.setattr(L, "train", failing)
     summary = run("--method imp --model linear_ae --width .1 --steps 2 --rounds 3 --out r")
     assert len(summary["rounds"]) == 1 and summary["ticket"] == "ticket-01.pt"
+
+
+def test_the_shortest_bird_and_the_densest_sdst_run_to_their_ends(empty, few):
+    run(TINY, "--method earlybird --model dcgan --steps 1 --out e")
+    assert run(TINY, "--method sdst --density 1 --steps 21 --out s")["density_G"] == 1
 
 
 @pytest.mark.parametrize("file", ["config.json", "summary.json"])
