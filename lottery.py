@@ -2410,8 +2410,9 @@ def resolve(given):
     first = given, ticket, BY_METHOD.get(method, {})
     known = types.SimpleNamespace(**collections.ChainMap(*first, DEFAULTS))
     model, dataset = known.model, known.dataset
-    check(given)
+    check(dict(method=method, model=model))
     check_read(given, method, model)
+    check(given)
     preset = {}
     if dataset == "shapes":
         preset = {"rounds": 5, **SHAPES_PRESET[model]}

@@ -2178,7 +2178,6 @@ DAMAGES = {  # of each tensor of the part, of the part, or of the settings
     "model": {"model": ["vae"]},
     "data": {"dataset": [3]},
     "rewind": {"rewind_step": 2.5},
-    "prune": {"prune": 3},
 }
 
 
@@ -2188,7 +2187,7 @@ def test_tickets_models_and_checkpoints_that_are_damaged_are_one_line(empty, few
     (empty / "r/summary.json").unlink()
     ticket, evaluate = "--method ticket --ticket r/ticket-01.pt --device cpu", "--evaluate r"
     cases = [("ticket-01.pt", "theta", ticket), ("ticket-01.pt", "masks", ticket)]
-    if damage not in ("rewind", "prune"):  # a model.pt is not asked for these
+    if damage != "rewind":  # a model.pt is not asked for it
         cases += [("model.pt", key, f"{evaluate} --device cpu") for key in ("weights", "masks")]
     if damage in ("shape", "a tensor", "numbers", "sparse"):
         cases += [("done-dense.pt", "weights", imp), ("done-round-01.pt", "masks", imp)]
@@ -3692,7 +3691,7 @@ def test_damaged_jsons_are_one_line(empty, capsys, file, text):
     (empty / "r" / file).write_text(text)
     refused(capsys, argv, "r" if file == "config.json" else "r/summary.json")
     if text[0] != "{" or file == "summary.json":
-        refused(capsys, "--table r", "r/" if text[0] != "{" else "summary.json")
+        refused(capsys, "--table r", "r/" if text[0] != "{" else "--table")
 
 
 def test_words_that_a_terminal_does_not_have_do_not_end_a_run(empty, monkeypatch):
