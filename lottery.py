@@ -49,9 +49,8 @@ IMAGE_ENDINGS = ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm"
 def rng(seed, step, purpose, k=0):
     """A CPU generator for one draw, a function of (seed, step, purpose, k): a run that was cut off
     goes on without a random state, a GPU sees a CPU's batches. sha256, for Python salts hash()."""
-    key = f"{seed}/{step}/{purpose}/{k}".encode()
-    number = int(hashlib.sha256(key).hexdigest()[:16], 16)
-    return torch.Generator().manual_seed(number >> 1)
+    digest = hashlib.sha256(f"{seed}/{step}/{purpose}/{k}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
 
 def import_torchvision():
     """torchvision, imported where it is used (it takes a second). Beside a CPU-only torch PyPI's
@@ -70,14 +69,12 @@ def shapes(count, size=32, seed=0):
     depends on (seed, i) alone. Edges are soft: a discriminator would see hard ones at once."""
     draws = np.random.default_rng(seed).random((count, 8), np.float32)
     x = (torch.arange(size) + 0.5) / size * 2 - 1  # (S,)
-    y = x.view(-1, 1)  # (S, 1)
     thirds = torch.tensor([0, 1 / 3, 2 / 3]).view(3, 1, 1)
     images, labels = [], []
     for part in torch.from_numpy(draws).split(1000):
-        part = part.T.reshape(8, -1, 1, 1, 1)
-        kind, cx, cy, radius, hue, glow, ground, _ = part  # (B, 1, 1, 1)
+        kind, cx, cy, radius, hue, glow, ground, _ = part.T.reshape(8, -1, 1, 1, 1)
         kind = (kind * 3).long()
-        u, v = x - (cx - 0.5) * 0.3, y - (cy - 0.5) * 0.3
+        u, v = x - (cx - 0.5) * 0.3, x.view(-1, 1) - (cy - 0.5) * 0.3
         r = 0.55 + 0.2 * radius
         circle = r - (u * u + v * v).sqrt()  # (B, 1, S, S), > 0 inside
         square = 0.85 * r - torch.maximum(u.abs(), v.abs())
@@ -102,8 +99,7 @@ def read_image(path, grey=False):
         x = np.asarray(image, np.float64)
         tops = {"F": [1, 255], "I": [255]}.get(image.mode, [])
         top = next(t for t in [*tops, 65535, x.max()] if t >= x.max())
-        x = x.clip(0) / top * 255
-        image = Image.fromarray(x.round().astype(np.uint8))
+        image = Image.fromarray(np.uint8((x.clip(0) / top * 255).round()))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         black = Image.new("RGBA", image.size, "black")
@@ -117,9 +113,8 @@ def decode_image(path, size, grey=False):
     except Exception as error:  # PIL has errors of many kinds
         print(f"skipped {path}: {error}", file=sys.stderr)
         return None
-    W, H = image.size
-    side = min(W, H)
-    left, top = (W - side) // 2, (H - side) // 2
+    side = min(image.size)
+    left, top = ((length - side) // 2 for length in image.size)
     image = image.crop((left, top, left + side, top + side))
     image = image.resize((size, size), 2)  # bilinear
     return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
@@ -147,17 +142,14 @@ def decode_folder(folder, size, grey=False):
     cache = Path(f"{folder}-{size}{'-grey' * grey}-{digest}.npy")
     if cache.exists() and cache.stat().st_mtime > max(p.stat().st_mtime for p in paths):
         return torch.from_numpy(np.load(cache))
-    images, shown = [], time.monotonic()
+    images = []
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for k, image in enumerate(pool.map(lambda p: decode_image(p, size, grey), paths)):
+        for k, image in enumerate(pool.map(lambda p: decode_image(p, size, grey), paths), 1):
             images += [] if image is None else [image]
-            if time.monotonic() > shown + 10:
-                shown = time.monotonic()
+            if k % 10_000 == 0:
                 print(f"decoded {k:,} of {len(paths):,} images", flush=True)
     if not images:
         raise ValueError(f"no readable image below {folder}: {IMAGE_ENDINGS}")
-    if len(images) < len(paths):
-        print(f"{len(paths) - len(images)} of {len(paths)} images are left out", flush=True)
     images = np.stack(images)
     if len(paths) >= 1000:
         with contextlib.suppress(OSError):
@@ -298,8 +290,7 @@ def batch_index(count, position, size, seed):
     """(size,) int64: places [position, position + size) of one endless stream of shuffled epochs of
     0..count-1. Every batch is full: one that begins at an epoch's end goes on into the next."""
     parts = []
-    last = (position + size - 1) // count
-    for epoch in range(position // count, last + 1):
+    for epoch in range(position // count, (position + size - 1) // count + 1):
         start = position - epoch * count
         order = epoch_order(count, epoch, seed)
         parts.append(order[max(0, start) : start + size])
@@ -419,8 +410,7 @@ class Encoder(nn.Module):
 
     def forward(self, x):  # (B, c, S, S)
         for conv, norm in zip(self.convs, self.norms):
-            x = norm(conv(x))  # (B, w..8w, S/2..S/16, S/2..S/16)
-            x = F.leaky_relu(x, self.leaky)
+            x = F.leaky_relu(norm(conv(x)), self.leaky)  # (B, w..8w, S/2..S/16, ...)
         return self.head(x).flatten(1)  # (B, out)
 
 class Decoder(nn.Module):
@@ -609,8 +599,7 @@ def build_pair(model, size, channels, width, z):
         decoder = ResDecoder(size, channels, width, z)
         encoder = ResEncoder(size, channels, width, out, batch_norm=model != "sngan")
     for net in (decoder, encoder) if model == "sngan" else ():
-        layers = [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-        for layer in layers:
+        for _, layer in [*prunable_modules(net)]:
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
@@ -659,10 +648,8 @@ def prunable_modules(model):
             if value is None or not re.fullmatch(names, name):
                 continue
             if not isinstance(value, nn.Parameter):
-                forms = [type(form) for form in value]
-                if forms != [nn.utils.parametrizations._SpectralNorm]:
-                    why = "is computed anew (not by parametrizations.spectral_norm)"
-                    raise ValueError(f"{path}.{name} {why}, so a mask would be lost")
+                if [*map(type, value)] != [nn.utils.parametrizations._SpectralNorm]:
+                    raise ValueError(f"{path}.{name} is computed anew and would lose a mask")
                 name = f"parametrizations.{name}.original"
             yield f"{path}.{name}".removeprefix("."), module
 
@@ -670,10 +657,8 @@ def prunable_parameters(model):
     """{name: parameter} of all prunable weights; a shared one counts once, under its first name."""
     found = {}
     for name, _ in prunable_modules(model):
-        weight = model.get_parameter(name)
-        if not any(weight is w for w in found.values()):
-            found[name] = weight
-    return found
+        found.setdefault(model.get_parameter(name), name)
+    return {name: weight for weight, name in found.items()}
 
 def keep_top(scores, k):
     """Bool mask of exactly k True at the largest entries of the flat tensor `scores`. Ties go by
@@ -729,14 +714,12 @@ def erk_densities(shapes, density):
     1 become dense at once (RigL's code: one by one): eps only rises, so none would come back."""
     size = {n: math.prod(shape) for n, shape in shapes.items()}
     ratio = {n: sum(shape) / size[n] for n, shape in shapes.items()}
-    dense = set()
-    while len(dense) < len(shapes):
+    dense, full = set(), {*shapes}
+    while full and len(dense) < len(shapes):
         free = [n for n in shapes if n not in dense]
         left = density * sum(size.values()) - sum(size[n] for n in dense)
         eps = left / sum(sum(shapes[n]) for n in free)
         full = {n for n in free if eps * ratio[n] > 1}
-        if not full:
-            break
         dense |= full
     return {n: 1.0 if n in dense else eps * ratio[n] for n in shapes}
 
