@@ -11,7 +11,7 @@ Legend   B batch   c image channels   S side of an image, pixels   w base channe
 Papers (arXiv), and where to read first
  [1] Kalibhat et al. 2021 (2010.02350): two_layer_tickets, iterative_magnitude_pruning, run_imp
  [2] Chen et al. 2021 (2103.16547): block_map, remap_blocks, elastic_ticket
- [3] Wang et al. 2023 (2302.14670): two_layer_ddst, balance_ratio, controller, dynamic_gan
+ [3] Wang et al. 2023 (2302.14670): two_layer_ddst, balance_ratio, controller, dynamic_gan, run_masked
 Also You et al. (early_bird, slim) 1909.11957, RigL 1911.11134, SNIP 1810.02340, GraSP 2002.07376.
 """
 import argparse, collections, concurrent.futures, contextlib, copy, csv, functools, hashlib, io
@@ -844,7 +844,7 @@ def gan_step(G, D, optimizers, real, z_D, z_G, objective="hinge", clip=0.0, mask
     return {"losses": losses, "real": real[-1], "z": z_G, "fake": fake}
 
 def autoencoder_losses(nets, x, noise=None, beta=1.0, amp=False):
-    """{"error"} of x (B, c, S, S) or, given normal noise (B, z), {"error", "KL"}; their sum is the loss.
+    """{"error"} of x (B, c, S, S) or, given normal noise (B, z), {"error", "KL"}, to be summed.
     AE: mean squared error. VAE (Kingma & Welling 2014): squared error summed over pixels, and beta
     KL(q(z|x) || N(0, 1)), means over the batch. Beside a mean over pixels the KL term would win."""
     with torch.autocast(x.device.type, torch.bfloat16, amp, cache_enabled=False):
