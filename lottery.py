@@ -11,7 +11,7 @@ Legend   B batch   c image channels   S side of an image, pixels   w base channe
 Papers (arXiv), and where to read first
  [1] Kalibhat et al. 2021 (2010.02350): two_layer_tickets, iterative_magnitude_pruning, run_imp
  [2] Chen et al. 2021 (2103.16547): block_map, remap_blocks, elastic_ticket
- [3] Wang et al. 2023 (2302.14670): two_layer_ddst, balance_ratio, controller, dynamic_gan, run_masked
+ [3] Wang et al. 2023 (2302.14670): two_layer_ddst, balance_ratio, controller, dynamic_gan
 Also You et al. (early_bird, slim) 1909.11957, RigL 1911.11134, SNIP 1810.02340, GraSP 2002.07376.
 """
 import argparse, collections, concurrent.futures, contextlib, copy, csv, functools, hashlib, io
