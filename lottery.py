@@ -142,10 +142,12 @@ def decode_folder(folder, size, grey=False):
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for k, image in enumerate(pool.map(lambda p: decode_image(p, size, grey), paths), 1):
             images += [] if image is None else [image]
-            if k % 10_000 == 0:
+            if k % 5000 == 0:
                 print(f"decoded {k:,} of {len(paths):,} images", flush=True)
     if not images:
         raise ValueError(f"no readable image below {folder}: {IMAGE_ENDINGS}")
+    if len(images) < len(paths):
+        print(f"{len(paths) - len(images)} of {len(paths)} images are left out", flush=True)
     images = np.stack(images)
     if len(paths) >= 1000:
         with contextlib.suppress(OSError):
@@ -403,7 +405,7 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         for conv, norm in zip(self.convs, self.norms):
-            x = F.leaky_relu(norm(conv(x)), self.leaky)
+            x = F.leaky_relu(norm(conv(x)), self.leaky)  # (B, w..8w, S/2.., S/2..)
         return self.head(x).flatten(1)
 
 class Decoder(nn.Module):
@@ -705,12 +707,14 @@ def erk_densities(shapes, density):
     1 become dense at once (RigL's code: one by one): eps only rises, so none would come back."""
     size = {n: math.prod(shape) for n, shape in shapes.items()}
     ratio = {n: sum(shape) / size[n] for n, shape in shapes.items()}
-    dense, full = set(), {*shapes}
-    while full and len(dense) < len(shapes):
+    dense = set()
+    while len(dense) < len(shapes):
         free = [n for n in shapes if n not in dense]
         left = density * sum(size.values()) - sum(size[n] for n in dense)
         eps = left / sum(sum(shapes[n]) for n in free)
         full = {n for n in free if eps * ratio[n] > 1}
+        if not full:
+            break
         dense |= full
     return {n: 1.0 if n in dense else eps * ratio[n] for n in shapes}
 
