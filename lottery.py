@@ -4,18 +4,14 @@
 Result   --method ddst --dataset celeba --n-critic 1 --steps 6000 (30 % of G's weights), seed 0:
          FD-random-2k 0.0105 (real photos 0.0078), 265 s on an H100.
 Contents 1. DATA  2. MODELS  3. MASKS  4. OBJECTIVES  5. TRAINING  6. SCORES  7. TICKETS
-         8. EARLY BIRD  9. DYNAMIC SPARSE TRAINING  10. ELASTIC TICKETS
-         11. METRICS  12. COMMAND LINE                        (search for "# 3. MASKS")
+  8. EARLY BIRD  9. DYNAMIC SPARSE TRAINING  10. ELASTIC TICKETS  11. METRICS  12. COMMAND LINE
 Legend   B batch   c image channels   S side of an image, pixels   w base channels   z latent size
          G generator   D discriminator   m mask, 1 = keep   d density, share of weights kept, 0..1
          A step is one update of G. Images are in [-1, 1] in networks and uint8 in memory.
-Papers, and where to read first
- [1] Kalibhat et al., Winning Lottery Tickets in Deep Generative Models, AAAI 2021, 2010.02350:
-     two_layer_tickets, iterative_magnitude_pruning, train_controls, run_imp
- [2] Chen et al., The Elastic Lottery Ticket Hypothesis, NeurIPS 2021, 2103.16547:
-     block_map, remap_blocks, elastic_ticket
- [3] Wang et al., Balanced Training for Sparse GANs, NeurIPS 2023, 2302.14670:
-     two_layer_ddst, balance_ratio, controller, dynamic_gan, run_masked
+Papers (arXiv), and where to read first
+ [1] Kalibhat et al. 2021 (2010.02350): two_layer_tickets, iterative_magnitude_pruning, run_imp
+ [2] Chen et al. 2021 (2103.16547): block_map, remap_blocks, elastic_ticket
+ [3] Wang et al. 2023 (2302.14670): two_layer_ddst, balance_ratio, controller, dynamic_gan
 Also You et al. (early_bird, slim) 1909.11957, RigL 1911.11134, SNIP 1810.02340, GraSP 2002.07376.
 """
 import argparse, collections, concurrent.futures, contextlib, copy, csv, datetime, functools
@@ -49,9 +45,8 @@ IMAGE_ENDINGS = ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm"
 def rng(seed, step, purpose, k=0):
     """A CPU generator for one draw, a function of (seed, step, purpose, k): a run that was cut off
     goes on without a random state, a GPU sees a CPU's batches. sha256, for Python salts hash()."""
-    key = f"{seed}/{step}/{purpose}/{k}".encode()
-    number = int(hashlib.sha256(key).hexdigest()[:16], 16)
-    return torch.Generator().manual_seed(number >> 1)
+    digest = hashlib.sha256(f"{seed}/{step}/{purpose}/{k}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
 
 def import_torchvision():
     """torchvision, imported where it is used (it takes a second). Beside a CPU-only torch PyPI's
@@ -69,15 +64,13 @@ def shapes(count, size=32, seed=0):
     """uint8 images (count, 3, size, size), labels (count,): 0 circle, 1 square, 2 triangle. Image i
     depends on (seed, i) alone. Edges are soft: a discriminator would see hard ones at once."""
     draws = np.random.default_rng(seed).random((count, 8), np.float32)
-    x = (torch.arange(size) + 0.5) / size * 2 - 1  # (S,)
-    y = x.view(-1, 1)  # (S, 1)
-    thirds = torch.tensor([0, 1 / 3, 2 / 3]).view(3, 1, 1)
+    x = (torch.arange(size) + 0.5) / size * 2 - 1
+    thirds = torch.arange(3).view(3, 1, 1) / 3
     images, labels = [], []
     for part in torch.from_numpy(draws).split(1000):
-        part = part.T.reshape(8, -1, 1, 1, 1)
-        kind, cx, cy, radius, hue, glow, ground, _ = part  # (B, 1, 1, 1)
+        kind, cx, cy, radius, hue, glow, ground, _ = part.T.reshape(8, -1, 1, 1, 1)
         kind = (kind * 3).long()
-        u, v = x - (cx - 0.5) * 0.3, y - (cy - 0.5) * 0.3
+        u, v = x - (cx - 0.5) * 0.3, x[:, None] - (cy - 0.5) * 0.3
         r = 0.55 + 0.2 * radius
         circle = r - (u * u + v * v).sqrt()  # (B, 1, S, S), > 0 inside
         square = 0.85 * r - torch.maximum(u.abs(), v.abs())
@@ -102,8 +95,7 @@ def read_image(path, grey=False):
         x = np.asarray(image, np.float64)
         tops = {"F": [1, 255], "I": [255]}.get(image.mode, [])
         top = next(t for t in [*tops, 65535, x.max()] if t >= x.max())
-        x = x.clip(0) / top * 255
-        image = Image.fromarray(x.round().astype(np.uint8))
+        image = Image.fromarray(np.uint8((x.clip(0) / top * 255).round()))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         black = Image.new("RGBA", image.size, "black")
@@ -114,12 +106,11 @@ def decode_image(path, size, grey=False):
     """The centre square of a picture, uint8 (C, size, size), or None where it cannot be read."""
     try:
         image = read_image(path, grey)
-    except Exception as error:  # PIL has errors of many kinds
+    except Exception as error:  # PIL has many kinds
         print(f"skipped {path}: {error}", file=sys.stderr)
         return None
-    W, H = image.size
-    side = min(W, H)
-    left, top = (W - side) // 2, (H - side) // 2
+    side = min(image.size)
+    left, top = ((n - side) // 2 for n in image.size)
     image = image.crop((left, top, left + side, top + side))
     image = image.resize((size, size), 2)  # bilinear
     return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
@@ -147,12 +138,11 @@ def decode_folder(folder, size, grey=False):
     cache = Path(f"{folder}-{size}{'-grey' * grey}-{digest}.npy")
     if cache.exists() and cache.stat().st_mtime > max(p.stat().st_mtime for p in paths):
         return torch.from_numpy(np.load(cache))
-    images, shown = [], time.monotonic()
+    images = []
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for k, image in enumerate(pool.map(lambda p: decode_image(p, size, grey), paths)):
+        for k, image in enumerate(pool.map(lambda p: decode_image(p, size, grey), paths), 1):
             images += [] if image is None else [image]
-            if time.monotonic() > shown + 10:
-                shown = time.monotonic()
+            if k % 5000 == 0:
                 print(f"decoded {k:,} of {len(paths):,} images", flush=True)
     if not images:
         raise ValueError(f"no readable image below {folder}: {IMAGE_ENDINGS}")
@@ -189,11 +179,10 @@ def reading(path):
         raise ValueError(f"cannot read {path} ({error!r:.200}); name another") from None
 
 def load_images(name, root="data", size=None, train=True, labelled=False, grey=False):
-    """uint8 images (N, C, size, size) and int64 labels (N,) of the training or held-out part.
+    """uint8 images (N, C, size, size) and int64 labels (N,) of the training or held-out part; of
+    CelebA and folders a seeded tenth is held out. All but these are fetched, into `root`.
     name      one of DATASETS but imagenet, or a folder of images (labels all 0; `grey`: C is 1)
-    root      where the sets lie, in torchvision's folder layout; all but CelebA are fetched
-    labelled  of STL-10 5,000 images with labels, not the 100,000 without (Wang et al. 2023)
-    CelebA and plain folders have no test part: a tenth of a seeded permutation is held out."""
+    labelled  of STL-10 5,000 images with labels, not the 100,000 without (Wang et al. 2023)"""
     size = size or DATASETS.get(name, FOLDER)["image_size"]
     if name == "shapes":
         return shapes(10_000, size, 0) if train else shapes(2_000, size, 1)
@@ -201,8 +190,7 @@ def load_images(name, root="data", size=None, train=True, labelled=False, grey=F
     if folder is None:
         return load_torchvision_set(name, root, size, train, labelled)
     if not folder.is_dir():
-        known = f"{', '.join(DATASETS)} or a path (celeba: unzip img_align_celeba.zip there)"
-        raise ValueError(f"no folder {folder}; a data set is {known}")
+        raise ValueError(f"no folder {folder} (unzip img_align_celeba.zip?); sets: {[*DATASETS]}")
     images = decode_folder(folder, size, grey)
     n = len(images)
     order = torch.randperm(n, generator=rng(0, 0, "held-out split"))
@@ -222,7 +210,7 @@ def load_torchvision_set(name, root, size, train, labelled=False):
     images = torch.as_tensor(data.data)
     if images.dim() == 3:  # (N, 28, 28)
         frame = 0 if size == 28 else 2
-        images = F.pad(images.unsqueeze(1), (frame,) * 4)
+        images = F.pad(images.unsqueeze(1), [frame] * 4)
     elif images.shape[-1] == 3:  # (N, H, W, 3)
         images = images.permute(0, 3, 1, 2)
     resize = vision.transforms.functional.resize
@@ -250,7 +238,7 @@ class ImageStream(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.labels)
 
-    def read(self, i):  # where it cannot be read, the next image of its class
+    def read(self, i):  # if damaged, the next of its class
         for k in itertools.chain(range(i, len(self)), range(i)):
             if self.labels[k] == self.labels[i]:
                 path = self.files.samples[k][0]
@@ -260,11 +248,11 @@ class ImageStream(torch.utils.data.Dataset):
                     print(f"skipped {path}: {error}", file=sys.stderr)
         raise ValueError(f"{path}: no image of its class can be read")
 
-    def __getitem__(self, place):  # of batch_index; without a seed, an index
+    def __getitem__(self, place):  # of batch_index; no seed: an index
         if self.seed is None:
             return self.centre(self.read(place))
         i = int(batch_index(len(self), place, 1, self.seed))
-        with torch.random.fork_rng(devices=[]):  # torchvision draws globally
+        with torch.random.fork_rng([]):  # torchvision draws globally
             torch.manual_seed(rng(self.seed, place // len(self), "augment", i).initial_seed())
             return self.random(self.read(i))
 
@@ -293,15 +281,13 @@ def class_names(root):
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(count, epoch, seed):
-    """The seeded permutation of 0..count-1 that epoch number `epoch` goes through."""
     return torch.randperm(count, generator=rng(seed, epoch, "order"))
 
 def batch_index(count, position, size, seed):
     """(size,) int64: places [position, position + size) of one endless stream of shuffled epochs of
     0..count-1. Every batch is full: one that begins at an epoch's end goes on into the next."""
     parts = []
-    last = (position + size - 1) // count
-    for epoch in range(position // count, last + 1):
+    for epoch in range(position // count, (position + size - 1) // count + 1):
         start = position - epoch * count
         order = epoch_order(count, epoch, seed)
         parts.append(order[max(0, start) : start + size])
@@ -395,7 +381,7 @@ MODELS = {
 MODELS |= {f"resnet{n}": RESNET for n in (14, 20, 32, 44, 56, 110)}
 MODELS |= dict.fromkeys(STAGES, IMAGENET)
 GANS, VAES = ("sngan", "dcgan", "wgan", "resnet_dcgan"), ("vae", "resnet_vae")
-SAMPLED = (*GANS, *VAES)  # have a distance
+SAMPLED = (*GANS, *VAES)
 CLASSIFIERS = tuple(m for m in MODELS if "net" in MODELS[m]["roles"])
 # On shapes, for minutes on a CPU. At their own lr 2,000 steps of sngan or dcgan give blobs.
 SMALL = dict(batch_size=16, steps=2000, width=0.125)
@@ -420,11 +406,10 @@ class Encoder(nn.Module):
         self.norms = nn.ModuleList(map(nn.BatchNorm2d, widths[1:]))
         self.head = nn.Conv2d(8 * base, out, size // 16)
 
-    def forward(self, x):  # (B, c, S, S)
+    def forward(self, x):
         for conv, norm in zip(self.convs, self.norms):
-            x = norm(conv(x))  # (B, w..8w, S/2..S/16, S/2..S/16)
-            x = F.leaky_relu(x, self.leaky)
-        return self.head(x).flatten(1)  # (B, out)
+            x = F.leaky_relu(norm(conv(x)), self.leaky)  # (B, w..8w, S/2.., S/2..)
+        return self.head(x).flatten(1)
 
 class Decoder(nn.Module):
     """The mirror of Encoder, vector to image: (B, z) -> (B, channels, size, size) in [-1, 1]."""
@@ -437,7 +422,7 @@ class Decoder(nn.Module):
         self.norms = nn.ModuleList(map(nn.BatchNorm2d, widths[:-1]))
         self.convs = nn.ModuleList(nn.ConvTranspose2d(a, b, 4, 2, 1) for a, b in pairs)
 
-    def forward(self, z):  # (B, z)
+    def forward(self, z):
         x = self.stem(z[:, :, None, None])  # (B, 8w, S/16, S/16)
         for norm, conv in zip(self.norms, self.convs):
             x = conv(F.relu(norm(x)))  # (B, 4w..c, S/8..S, S/8..S)
@@ -493,16 +478,15 @@ class ResDecoder(nn.Module):
         self.norm = nn.BatchNorm2d(widths[-1])
         self.head = nn.Conv2d(widths[-1], channels, 3, padding=1)
 
-    def forward(self, z):  # (B, z)
+    def forward(self, z):
         x = self.stem(z).unflatten(1, (-1, self.bottom, self.bottom))
         x = F.relu(self.norm(self.blocks(x)))
-        return self.head(x).tanh()  # (B, c, S, S)
+        return self.head(x).tanh()
 
 class ResEncoder(nn.Module):
-    """SNGAN's discriminator trunk: down-blocks, ReLU, pool over space, linear. Spectral norm comes
-    from `build`. (B, channels, size, size) -> (B, out). As published: at 32 pixels a sum, no bias
-    (1,053,824 parameters); at 48 a mean, a bias (19,542,721). With batch norm always a mean: a sum
-    of 64 positions would start a VAE at a log-variance of 14."""
+    """SNGAN's discriminator trunk, (B, channels, size, size) -> (B, out), spectral norm by `build`.
+    As published: at 32 pixels a sum over space, no bias (1,053,824 parameters); at 48 mean and bias
+    (19,542,721). With batch norm a mean: a sum would start a VAE at a log-variance of 14."""
     def __init__(self, size, channels, width, out, batch_norm=False):
         super().__init__()
         d = [128] * 4 if size == 32 else [64, 128, 256, 512, 1024]
@@ -515,7 +499,7 @@ class ResEncoder(nn.Module):
         self.norm = nn.BatchNorm2d(widths[-1]) if batch_norm else nn.Identity()
         self.head = nn.Linear(widths[-1], out, bias=not self.sum_pool)
 
-    def forward(self, x):  # (B, c, S, S)
+    def forward(self, x):
         x = F.relu(self.norm(self.blocks(x)))  # (B, w, s, s)
         x = x.sum((2, 3)) if self.sum_pool else x.mean((2, 3))
         return self.head(x)
@@ -528,7 +512,7 @@ class Linears(nn.Module):
         self.layers = nn.ModuleList(map(nn.Linear, widths, widths[1:]))
 
     def forward(self, x):
-        x = x.flatten(1)  # (B, c S S) or (B, z)
+        x = x.flatten(1)
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         x = self.layers[-1](x)
@@ -551,7 +535,7 @@ class BasicBlock(nn.Module):
     def forward(self, x):
         h = F.relu(self.bn1(self.conv1(x)))
         h = self.bn2(self.conv2(h))
-        if self.shortcut and x.is_cpu:  # in other memory oneDNN's gradient crashes (AVX-512)
+        if self.shortcut and x.is_cpu:  # else oneDNN's gradient crashes (AVX-512)
             x = x.contiguous()
         return F.relu(h + self.shortcut(x))
 
@@ -572,7 +556,7 @@ class CifarResNet(nn.Module):
                 cin = cout
         self.fc = nn.Linear(cin, classes)
 
-    def forward(self, x):  # (B, c, S, S)
+    def forward(self, x):
         x = F.relu(self.bn(self.conv(x)))  # (B, 16, S, S)
         x = self.blocks(x)  # (B, 64, S/4, S/4)
         return self.fc(x.mean((2, 3)))
@@ -594,7 +578,6 @@ def build_classifier(model, width, channels, classes):
     return {"net": net}
 
 def build_pair(model, size, channels, width, z):
-    """{"G", "D"} of a GAN or {"encoder", "decoder"} of an autoencoder."""
     gan = model in GANS
     out = 2 * z if model in VAES else z
     if gan:
@@ -612,8 +595,7 @@ def build_pair(model, size, channels, width, z):
         decoder = ResDecoder(size, channels, width, z)
         encoder = ResEncoder(size, channels, width, out, batch_norm=model != "sngan")
     for net in (decoder, encoder) if model == "sngan" else ():
-        layers = [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-        for layer in layers:
+        for _, layer in [*prunable_modules(net)]:
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
@@ -622,15 +604,15 @@ def build_pair(model, size, channels, width, z):
     return dict(G=decoder, D=encoder) if gan else dict(encoder=encoder, decoder=decoder)
 
 def build(model, size=32, channels=3, width=1.0, z=None, seed=0, classes=10, draw=0):
-    """nn.ModuleDict of a freshly initialised model: {"G", "D"}, {"encoder", "decoder"} or {"net"}.
-    G, decoder: latents (B, z) -> images; D: images -> (B, 1) logits; encoder: images -> (B, z), or
-    for a VAE (B, 2z), mean and log-variance; net: images -> (B, classes) logits. The caller's
-    random state stays; draw 1, 2, ... are other weights. Channels last: a quarter less CPU time."""
+    """nn.ModuleDict of fresh networks. G, decoder: latents (B, z) -> images; D: images -> (B, 1)
+    logits; encoder: images -> (B, z), a VAE's (B, 2z), mean and log-variance; net: images -> logits
+    (B, classes). draw 1, 2, ...: other weights. The caller's random state stays. Channels last: a
+    quarter less CPU time."""
     if model not in (*CLASSIFIERS, "linear_ae") and size not in (32, 48, 64):
         raise ValueError(f"{model} is built for 32, 48 or 64 pixels; got {size}")
     if model in STAGES and width != 1:
         raise ValueError(f"{model} has one width; got {width}")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(rng(seed, 0, "weights", draw).initial_seed())
         if model in CLASSIFIERS:
             nets = build_classifier(model, width, channels, classes)
@@ -649,8 +631,8 @@ def build(model, size=32, channels=3, width=1.0, z=None, seed=0, classes=10, dra
 
 def prunable_modules(model):
     """(name of the raw weight, module) of every weight of a convolution, Linear, attention or
-    recurrent layer of any model; other parameters stay dense. Raw: under spectral norm a mask on
-    the normalised weight would be gone at the next forward. Others that compute it are refused."""
+    recurrent layer of any model. Raw: spectral norm computes the other anew at the next forward, a
+    mask on it would be gone. Weights that are computed in other ways are refused."""
     kinds = nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase
     names = r"weight|(in|[qkv])_proj_weight|weight_[ih]h(_l\d+(_reverse)?)?"
     for path, module in model.named_modules():
@@ -662,10 +644,8 @@ def prunable_modules(model):
             if value is None or not re.fullmatch(names, name):
                 continue
             if not isinstance(value, nn.Parameter):
-                forms = [type(form) for form in value]
-                if forms != [nn.utils.parametrizations._SpectralNorm]:
-                    why = "is computed anew (not by parametrizations.spectral_norm)"
-                    raise ValueError(f"{path}.{name} {why}, so a mask would be lost")
+                if [*map(type, value)] != [nn.utils.parametrizations._SpectralNorm]:
+                    raise ValueError(f"{path}.{name} is computed anew and would lose a mask")
                 name = f"parametrizations.{name}.original"
             yield f"{path}.{name}".removeprefix("."), module
 
@@ -673,10 +653,8 @@ def prunable_parameters(model):
     """{name: parameter} of all prunable weights; a shared one counts once, under its first name."""
     found = {}
     for name, _ in prunable_modules(model):
-        weight = model.get_parameter(name)
-        if not any(weight is w for w in found.values()):
-            found[name] = weight
-    return found
+        found.setdefault(model.get_parameter(name), name)
+    return {name: weight for weight, name in found.items()}
 
 def keep_top(scores, k):
     """Bool mask of exactly k True at the largest entries of the flat tensor `scores`. Ties go by
@@ -711,7 +689,7 @@ def prune_masks(scores, density, masks=None, scope="global", keep_best=False):
             flat[flat.argmax()] = math.inf
     pool = torch.cat(flats)
     k = max(1, round(density * len(pool)))
-    if masks and k > int(torch.count_nonzero(pool > -math.inf)):
+    if masks and k > (pool > -math.inf).sum():
         raise ValueError(f"masks are nested; these keep less than {k} weights")
     if keep_best and k < len(scores):
         raise ValueError(f"{k} weights cannot keep {len(scores)} layers alive")
@@ -722,7 +700,7 @@ def split_like(flat, tensors):
     masks, parts = {}, flat.split([t.numel() for t in tensors.values()])
     for (name, t), part in zip(tensors.items(), parts):
         mask = torch.empty_like(t, dtype=torch.float32)
-        masks[name] = mask.copy_(part.view(t.shape))
+        masks[name] = mask.copy_(part.view_as(t))
     return masks
 
 def erk_densities(shapes, density):
@@ -797,7 +775,6 @@ def counts_of(masks):
     return {name: int(m.count_nonzero()) for name, m in masks.items()}
 
 def kept(masks):
-    """Number of weights kept over all masks, an int."""
     return sum(counts_of(masks).values())
 
 def density(masks):
@@ -874,14 +851,13 @@ def gan_step(G, D, optimizers, real, z_D, z_G, objective="hinge", clip=0.0, mask
     return {"losses": losses, "real": real[-1], "z": z_G, "fake": fake}
 
 def autoencoder_losses(nets, x, noise=None, beta=1.0, amp=False):
-    """{"error"} or, given noise, {"error", "KL"}: scalars whose sum is minimised.
-    nets {"encoder", "decoder"}; x (B, c, S, S); noise (B, z), standard normal
+    """{"error"} of x (B, c, S, S) or, given normal noise (B, z), {"error", "KL"}, to be summed.
     AE: mean squared error. VAE (Kingma & Welling 2014): squared error summed over pixels, and beta
     KL(q(z|x) || N(0, 1)), means over the batch. Beside a mean over pixels the KL term would win."""
     with torch.autocast(x.device.type, torch.bfloat16, amp, cache_enabled=False):
         code = nets["encoder"](x).to(x.dtype)  # (B, z), or (B, 2z)
         if noise is not None:
-            mean, log_var = code.chunk(2, 1)  # (B, z) each
+            mean, log_var = code.chunk(2, 1)
             code = mean + noise * (log_var / 2).exp()
         image = nets["decoder"](code).to(x.dtype)
     if noise is None:
@@ -927,7 +903,7 @@ def untouched(*models):
     modes = [(m, m.training) for m in models.modules()]
     buffers = [(b, b.clone()) for b in models.buffers()]
     gradients = [(p, p.grad) for p in models.parameters()]
-    models.zero_grad()  # a backward inside must not add to these
+    models.zero_grad()  # a backward inside would add to these
     try:
         yield
     finally:
