@@ -2364,9 +2364,8 @@ def parse(argv):
         if row.type is bool:
             how = dict(action=argparse.BooleanOptionalAction)
         takes = row.takes if isinstance(row.takes, str) else ", ".join(row.takes)
-        words = f"{row.help} {takes} (default {row.default}) "
-        words += " ".join(row.read_by)
-        parser.add_argument(flag(name), dest=name, help=words, **how)
+        words = row.help, takes, f"(default {row.default})", *row.read_by
+        parser.add_argument(flag(name), dest=name, help=" ".join(words), **how)
 
     def error(message):  # argparse would add its usage
         raise ValueError(message)
@@ -2374,16 +2373,20 @@ def parse(argv):
     parser.error = error
     return vars(parser.parse_args(argv))
 
-def check(settings):
-    """ValueError unless each value, of a flag or a file, may stand in its row of SETTINGS."""
-    for name, value in settings.items():
-        row = SETTINGS.get(name)
-        if row is None or value is None:
+def check(given, method=None, model=None):
+    """ValueError for a flag that the method or model does not read (it would have no effect), and
+    for a value, of a flag or a file, that may not stand in its row of SETTINGS."""
+    for name, row in SETTINGS.items():  # method and model before what depends on them
+        value = given.get(name)
+        if value is None:
             continue
-        kinds = (int, float) if row.type is float else row.type
+        for known, chosen in ((METHODS, method), (MODELS, model)):
+            readers = [r for r in row.read_by if r in known]
+            if chosen and readers and chosen not in readers:
+                raise ValueError(f"{flag(name)} is not read by {chosen}, but by {readers}")
+        kinds = (int, float) if row.type is float else (row.type,)
         for item in value if row.nargs and isinstance(value, list) else [value]:
-            fits = isinstance(item, kinds) and item != ""
-            fits = fits and isinstance(item, bool) == (row.type is bool)
+            fits = type(item) in kinds and item != ""
             if fits and isinstance(row.takes, str):
                 low, high = map(float, row.takes[1:-1].split(","))
                 ends = {low: row.takes[0] == "[", high: row.takes[-1] == "]"}
@@ -2394,14 +2397,6 @@ def check(settings):
                 takes = row.takes or row.type.__name__
                 raise ValueError(f"{flag(name)} takes {takes}; got {item!r}")
 
-def check_read(given, method, model):
-    """ValueError for a flag that the method or model does not read: it would have no effect."""
-    for name in given:
-        for known, chosen in ((METHODS, method), (MODELS, model)):
-            readers = [r for r in SETTINGS[name].read_by if r in known]
-            if readers and chosen not in readers:
-                raise ValueError(f"{flag(name)} is not read by {chosen}, but by {readers}")
-
 def resolve(given):
     """All settings of a run. A value comes from the first that has it: flag, ticket, method, preset
     of shapes, model, data set, row of SETTINGS; `derive` fills in what depends on the others."""
@@ -2410,9 +2405,7 @@ def resolve(given):
     first = given, ticket, BY_METHOD.get(method, {})
     known = types.SimpleNamespace(**collections.ChainMap(*first, DEFAULTS))
     model, dataset = known.model, known.dataset
-    check(dict(method=method, model=model))
-    check_read(given, method, model)
-    check(given)
+    check(given, method, model)
     preset = {}
     if dataset == "shapes":
         preset = {"rounds": 5, **SHAPES_PRESET[model]}
@@ -2493,12 +2486,12 @@ def ticket_settings(given, method):
     if path.is_dir():
         path /= str(read_json(path / "summary.json").get("ticket"))
     theirs = load_ticket(path)["settings"]
-    names = "dataset seed width image_size z flip grey".split()
+    names = "dataset seed width image_size z flip grey"
     if method != "transfer":
-        names += "steps batch_size lr rewind_step".split()
+        names += " steps batch_size lr rewind_step"
     if method == "ticket":
-        names += "model ema n_critic beta".split()
-    ours = {n: theirs[n] for n in names if theirs.get(n) is not None}
+        names += " model ema n_critic beta"
+    ours = {n: theirs[n] for n in names.split() if theirs.get(n) is not None}
     if method == "elastic":
         ours["model"] = "resnet34" if theirs.get("model") in [*STAGES] else "resnet32"
     check(ours)
@@ -2762,12 +2755,10 @@ def run_masked(run):
     s, nets, masks, start = run.s, run.nets, run.masks, run.s.rewind_step
     theta, more = copy.deepcopy(nets.state_dict()), {}
     done = run.fit(s.method, nets, masks, start)
-    ema, spent = run.ema, dict(run.spent)
-    if s.controls:
-        start_of = theta, masks, start, 1, s.seed
-        results = train_controls(s.method, run.fresh, run.fit, *start_of)
+    if s.controls:  # by a copy: run.ema stays the ticket's
+        given = copy.copy(run).fit, theta, masks, start, 1, s.seed
+        results = train_controls(s.method, run.fresh, *given)
         more["rounds"] = [round_row(run, 0, masks, results | {"ticket": done})]
-    run.ema, run.spent = ema, spent
     finish(run, nets, masks, done, **more)
 
 def run_one_shot(run):
@@ -2885,11 +2876,10 @@ def run_table(folders):
     """--table DIR...: finished runs, below them the rounds of those that have some. Runs that
     differ in seed and ticket only are one row; their rounds are means, without a verdict."""
     groups = collections.defaultdict(list)
-    skip = "seed environment ticket ticket_file ticket_sha256"
+    skip = {*NOT_IDENTITY, *"seed environment ticket ticket_file ticket_sha256".split()}
     for folder in map(Path, folders):
         config = read_json(folder / "config.json")
-        for name in (*NOT_IDENTITY, *skip.split()):
-            config.pop(name, None)
+        config = {n: v for n, v in config.items() if n not in skip}
         row = read_json(folder / "summary.json")
         key = config, row.get("metric"), row.get("reference")
         groups[str(key)].append(row)
@@ -2909,11 +2899,10 @@ def run_evaluate(given):
     reads = {"evaluate", "device", "data", "workers", *EVALUATION}
     if given.keys() - reads:
         raise ValueError(f"--evaluate reads only {sorted(map(flag, reads))}")
-    check(given)
     folder, device = given["evaluate"], pick_device(given.get("device"))
     nets, saved = load_model(Path(folder) / "model.pt", device)
-    check_read(given, None, saved["settings"]["model"])
     check(saved["settings"])
+    check(given, model=saved["settings"]["model"])
     s = DEFAULTS | saved["settings"] | given | {"device": device, "out": folder}
     run = Run(types.SimpleNamespace(**s))
     run.load()
