@@ -2290,58 +2290,56 @@ EVALUATION = ("features", "inception_weights", "eval_images", "reference")
 NOT_IDENTITY = {*EVALUATION, "eval_every", "checkpoint_s", "device", "graph", "workers"}
 NOT_IDENTITY |= {"data", "out", "ratio_every"}  # ddst has ratios_per_decision
 
-# All there is to say about a setting, which is a flag, too. default: None is by method, model or
-# data set. takes: choices, or a range. read_by: the methods or models that read it, (): all.
+# default None: by method, model or data set; takes: choices or a range; read_by (): all read it.
 fields = "default type help takes read_by nargs"
 Row = collections.namedtuple("Row", fields, defaults=((), (), None))
-
 SETTINGS = {
     "method": Row("ddst", str, "how to train:", METHODS),
     "dataset": Row("shapes", str, f"{', '.join(DATASETS)} or a folder of images"),
     "model": Row("sngan", str, "what to train:", tuple(MODELS)),
-    "density": Row(0.3, float, "share of weights kept", "(0, 1]", (*SPARSE, "imp", *SCORED)),
+    "density": Row(0.3, float, "share of weights", "(0, 1]", (*SPARSE, "imp", *SCORED)),
     "rounds": Row(20, int, "rounds of pruning", "[1, 1000]", ("imp",)),
     "rewind_step": Row(None, int, "prune or go back there", "[0, inf)", ("imp", *SCORED)),
     "steps": Row(None, int, "of a GAN updates of G", "[1, 1000000000]"),
     "batch_size": Row(None, int, "images per step, of a GAN's D", "[2, inf)"),
-    "width": Row(1.0, float, "multiplies every channel count", "(0, 16]"),
-    "seed": Row(0, int, "of everything that is drawn", "[0, inf)"),
-    "device": Row(None, str, "cpu, cuda, cuda:1 ... (cuda when there is one)"),
+    "width": Row(1.0, float, "multiplies channel counts", "(0, 16]"),
+    "seed": Row(0, int, "of all that is drawn", "[0, inf)"),
+    "device": Row(None, str, "cpu, cuda, cuda:1 ... (cuda if there is one)"),
     "out": Row(None, str, "run folder (runs/METHOD-MODEL-DATASET-SEED)"),
-    "data": Row("data", str, "folder that holds the data sets"),
-    "flip": Row(None, bool, "mirror training images at random (by data set)"),
-    "grey": Row(False, bool, "read a folder of images in one channel"),
+    "data": Row("data", str, "folder of the data sets"),
+    "flip": Row(None, bool, "mirror training images (by data set)"),
+    "grey": Row(False, bool, "read a folder in one channel"),
     "image_size": Row(None, int, "pixels; of most models 32, 48, 64", "[8, 1024]"),
     "z": Row(None, int, "size of the latents", "[1, 65536]", (*SAMPLED, "linear_ae", "ae")),
     "beta": Row(None, float, "weight of the KL term", "[0, inf)", VAES),
     "n_critic": Row(None, int, "steps of D per step of G", "[1, inf)", GANS),
     "lr": Row(None, float, "learning rate", "(0, inf)"),
     "ema": Row(None, float, "longest decay of G's average, 0: none", "[0, 1)", GANS),
-    "amp": Row(False, bool, "forward passes of the training in bfloat16"),
-    "graph": Row(True, bool, "a training step as one CUDA graph (on CUDA)"),
+    "amp": Row(False, bool, "forward passes in bfloat16"),
+    "graph": Row(True, bool, "a step as one CUDA graph"),
     "workers": Row(os.cpu_count(), int, "processes that decode", "[0, 256]", CLASSIFIERS),
     "checkpoint_s": Row(120.0, float, "seconds between checkpoints", "[0, inf)"),
     "density_D": Row(None, float, "ddst: at first", "(0, 1]", (*SPARSE, *SCORED, *GANS)),
-    "max_density_D": Row(1.0, float, "0.5 is the strict variant", "(0, 1]", ("ddst",)),
-    "update_every": Row(None, int, "steps between mask updates", "[0, inf)", MOVING),
+    "max_density_D": Row(1.0, float, "0.5: strict variant", "(0, 1]", ("ddst",)),
+    "update_every": Row(None, int, "steps between updates", "[0, inf)", MOVING),
     "grow": Row("gradient", str, "new weights by", ("gradient", "random"), MOVING),
     "band": Row([0.45, 0.55], float, "ratios to keep D in", "(-inf, inf)", ("ddst",), 2),
-    "ratio_every": Row(None, int, "steps between balance ratios", "[1, inf)", GANS),
+    "ratio_every": Row(None, int, "steps between ratios", "[1, inf)", GANS),
     "prune_rate": Row(0.2, float, "share pruned per round", "[0.01, 1)", ("imp",)),
     "score_batches": Row(4, int, "batches to score by", "[1, inf)", ("snip", "grasp")),
     "scope": Row("global", str, "pool:", ("global", "network", "layer"), ("imp", "earlybird")),
-    "prune": Row(None, str, "networks to prune, or to fill", (), ("imp", "transfer"), "+"),
+    "prune": Row(None, str, "networks to prune or fill", (), ("imp", "transfer"), "+"),
     "controls": Row(False, bool, "its controls", (), ("imp", *FROM_TICKET, *SCORED)),
     "channels_kept": Row(0.45, float, "share of channels", "(0, 1]", ("earlybird",)),
-    "ticket": Row(None, str, "ticket file, or folder of an imp run", (), FROM_TICKET),
+    "ticket": Row(None, str, "file, or folder of an imp run", (), FROM_TICKET),
     "order": Row("append", str, "of copies", ("append", "interpolate"), ("elastic",)),
     "eval_every": Row(None, int, "steps between evaluations", "[1, inf)"),
     "features": Row("random", str, "of the distance", ("random", "inception"), SAMPLED),
     "eval_images": Row(None, int, "generated (2,000; FID 50,000)", "[2, inf)", SAMPLED),
     "reference": Row(None, str, "compared with (FID: train)", ("train", "held-out"), SAMPLED),
     "inception_weights": Row(None, str, "file of the FID network", (), SAMPLED),
-    "evaluate": Row(None, str, "folder of a finished run: measure it again"),
-    "table": Row(None, str, "folders of finished runs: side by side", nargs="+"),
+    "evaluate": Row(None, str, "finished run to measure again"),
+    "table": Row(None, str, "finished runs, side by side", nargs="+"),
 }
 DEFAULTS = {name: row.default for name, row in SETTINGS.items()}
 # What a method has by default where it differs from the rows.
@@ -2374,9 +2372,8 @@ def parse(argv):
     return vars(parser.parse_args(argv))
 
 def check(given, method=None, model=None):
-    """ValueError for a flag that the method or model does not read (it would have no effect), and
-    for a value, of a flag or a file, that may not stand in its row of SETTINGS."""
-    for name, row in SETTINGS.items():  # method and model before what depends on them
+    """ValueError for a flag that method or model do not read, or a value not of its SETTINGS row."""
+    for name, row in SETTINGS.items():  # method and model come first
         value = given.get(name)
         if value is None:
             continue
@@ -2515,12 +2512,10 @@ def identity(s):
 
 def check_folder(folder, s):
     """ValueError unless `folder` is new, empty or this very run's; writes nothing."""
-    if not (folder / "config.json").exists():
-        if any(folder.glob("[!.]*")):
-            raise ValueError(f"--out {folder} holds other things than a run")
-        return
-    theirs = read_json(folder / "config.json")
-    ours = json.loads(json.dumps(vars(s)))
+    config, ours = folder / "config.json", json.loads(json.dumps(vars(s)))
+    if not config.exists() and any(folder.glob("[!.]*")):
+        raise ValueError(f"--out {folder} holds other things than a run")
+    theirs = read_json(config) if config.exists() else ours
     names = list(identity(s))
     if s.method == "imp" or s.controls:  # compared, so measured alike
         names += EVALUATION
@@ -2672,9 +2667,9 @@ class Run:
         return flat_positions(nets, self.s.image_size, self.s.channels), sizes
 
     def training_macs(self, nets, history, step, ratios=True):  # exact, Wang et al.'s
-        s, layers = self.s, self.layers(nets)
+        s = self.s
         batches = s.batch_size, s.n_critic or 0, s.g_batches * s.batch_size
-        given = history, step, *layers, *batches, s.ratio_every * ratios
+        given = history, step, *self.layers(nets), *batches, s.ratio_every * ratios
         return training_macs(*given), training_macs(*given, paper=True)
 
 def start_masks(s, nets):
@@ -2873,8 +2868,7 @@ def table(groups):
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
 
 def run_table(folders):
-    """--table DIR...: finished runs, below them the rounds of those that have some. Runs that
-    differ in seed and ticket only are one row; their rounds are means, without a verdict."""
+    """--table DIR...: runs, below them their rounds; means of those that differ in seed only."""
     groups = collections.defaultdict(list)
     skip = {*NOT_IDENTITY, *"seed environment ticket ticket_file ticket_sha256".split()}
     for folder in map(Path, folders):
@@ -2899,11 +2893,11 @@ def run_evaluate(given):
     reads = {"evaluate", "device", "data", "workers", *EVALUATION}
     if given.keys() - reads:
         raise ValueError(f"--evaluate reads only {sorted(map(flag, reads))}")
-    folder, device = given["evaluate"], pick_device(given.get("device"))
-    nets, saved = load_model(Path(folder) / "model.pt", device)
+    device = pick_device(given.get("device"))
+    nets, saved = load_model(Path(given["evaluate"]) / "model.pt", device)
     check(saved["settings"])
     check(given, model=saved["settings"]["model"])
-    s = DEFAULTS | saved["settings"] | given | {"device": device, "out": folder}
+    s = DEFAULTS | saved["settings"] | given | {"device": device, "out": ""}
     run = Run(types.SimpleNamespace(**s))
     run.load()
     print(", ".join(f"{n} {v}" for n, v in run.measure(nets).items()))
