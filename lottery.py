@@ -2278,71 +2278,70 @@ def draw_curve(path, rows, title):
     write_atomically(path, figure.savefig)
 
 # ==================================================================================================
-# 12. COMMAND LINE: settings, the run folder, a function per method, the table. There are settings
-#     in this section alone; elsewhere only warnings and progress are printed.
+# 12. COMMAND LINE: settings (in this section alone), the run folder, methods, the table.
 #     Try: resolve({"device": "cpu"}).ratios_per_decision -> 20
 
 SPARSE, SCORED = ("static", "sdst", "ddst"), ("magnitude", "snip", "grasp")
 MOVING, FROM_TICKET = ("sdst", "ddst"), ("ticket", "transfer", "elastic")
 METHODS = ("dense", *SPARSE, "imp", *FROM_TICKET, *SCORED, "earlybird")
-EVALUATION = ("features", "inception_weights", "eval_images", "reference")
+EVALUATION = "features inception_weights eval_images reference".split()
 # These may change as a run continues: no weight depends on them.
-NOT_IDENTITY = {*EVALUATION, "eval_every", "checkpoint_s", "device", "graph", "workers"}
-NOT_IDENTITY |= {"data", "out", "ratio_every"}  # ddst has ratios_per_decision
+NOT_IDENTITY = {*EVALUATION, *"eval_every checkpoint_s device graph workers data out".split()}
+NOT_IDENTITY.add("ratio_every")  # ddst has ratios_per_decision
 
 # default None: by method, model or data set; takes: choices or a range; read_by (): all read it.
 fields = "default type help takes read_by nargs"
 Row = collections.namedtuple("Row", fields, defaults=((), (), None))
 SETTINGS = {
-    "method": Row("ddst", str, "how to train:", METHODS),
-    "dataset": Row("shapes", str, f"{', '.join(DATASETS)} or a folder of images"),
-    "model": Row("sngan", str, "what to train:", tuple(MODELS)),
-    "density": Row(0.3, float, "share of weights", "(0, 1]", (*SPARSE, "imp", *SCORED)),
-    "rounds": Row(20, int, "rounds of pruning", "[1, 1000]", ("imp",)),
-    "rewind_step": Row(None, int, "prune or go back there", "[0, inf)", ("imp", *SCORED)),
-    "steps": Row(None, int, "of a GAN updates of G", "[1, 1000000000]"),
-    "batch_size": Row(None, int, "images per step, of a GAN's D", "[2, inf)"),
-    "width": Row(1.0, float, "multiplies channel counts", "(0, 16]"),
-    "seed": Row(0, int, "of all that is drawn", "[0, inf)"),
-    "device": Row(None, str, "cpu, cuda, cuda:1 ... (cuda if there is one)"),
-    "out": Row(None, str, "run folder (runs/METHOD-MODEL-DATASET-SEED)"),
-    "data": Row("data", str, "folder of the data sets"),
-    "flip": Row(None, bool, "mirror training images (by data set)"),
-    "grey": Row(False, bool, "read a folder in one channel"),
-    "image_size": Row(None, int, "pixels; of most models 32, 48, 64", "[8, 1024]"),
-    "z": Row(None, int, "size of the latents", "[1, 65536]", (*SAMPLED, "linear_ae", "ae")),
-    "beta": Row(None, float, "weight of the KL term", "[0, inf)", VAES),
-    "n_critic": Row(None, int, "steps of D per step of G", "[1, inf)", GANS),
-    "lr": Row(None, float, "learning rate", "(0, inf)"),
-    "ema": Row(None, float, "longest decay of G's average, 0: none", "[0, 1)", GANS),
-    "amp": Row(False, bool, "forward passes in bfloat16"),
-    "graph": Row(True, bool, "a step as one CUDA graph"),
-    "workers": Row(os.cpu_count(), int, "processes that decode", "[0, 256]", CLASSIFIERS),
-    "checkpoint_s": Row(120.0, float, "seconds between checkpoints", "[0, inf)"),
-    "density_D": Row(None, float, "ddst: at first", "(0, 1]", (*SPARSE, *SCORED, *GANS)),
-    "max_density_D": Row(1.0, float, "0.5: strict variant", "(0, 1]", ("ddst",)),
-    "update_every": Row(None, int, "steps between updates", "[0, inf)", MOVING),
-    "grow": Row("gradient", str, "new weights by", ("gradient", "random"), MOVING),
-    "band": Row([0.45, 0.55], float, "ratios to keep D in", "(-inf, inf)", ("ddst",), 2),
-    "ratio_every": Row(None, int, "steps between ratios", "[1, inf)", GANS),
-    "prune_rate": Row(0.2, float, "share pruned per round", "[0.01, 1)", ("imp",)),
-    "score_batches": Row(4, int, "batches to score by", "[1, inf)", ("snip", "grasp")),
-    "scope": Row("global", str, "pool:", ("global", "network", "layer"), ("imp", "earlybird")),
-    "prune": Row(None, str, "networks to prune or fill", (), ("imp", "transfer"), "+"),
-    "controls": Row(False, bool, "its controls", (), ("imp", *FROM_TICKET, *SCORED)),
-    "channels_kept": Row(0.45, float, "share of channels", "(0, 1]", ("earlybird",)),
-    "ticket": Row(None, str, "file, or folder of an imp run", (), FROM_TICKET),
-    "order": Row("append", str, "of copies", ("append", "interpolate"), ("elastic",)),
-    "eval_every": Row(None, int, "steps between evaluations", "[1, inf)"),
-    "features": Row("random", str, "of the distance", ("random", "inception"), SAMPLED),
-    "eval_images": Row(None, int, "generated (2,000; FID 50,000)", "[2, inf)", SAMPLED),
-    "reference": Row(None, str, "compared with (FID: train)", ("train", "held-out"), SAMPLED),
-    "inception_weights": Row(None, str, "file of the FID network", (), SAMPLED),
-    "evaluate": Row(None, str, "finished run to measure again"),
-    "table": Row(None, str, "finished runs, side by side", nargs="+"),
+    "method": ("ddst", str, "how to train:", METHODS),
+    "dataset": ("shapes", str, f"{', '.join(DATASETS)} or a folder"),
+    "model": ("sngan", str, "what to train:", tuple(MODELS)),
+    "density": (0.3, float, "share of weights", "(0, 1]", (*SPARSE, "imp", *SCORED)),
+    "rounds": (20, int, "rounds of pruning", "[1, 1000]", ("imp",)),
+    "rewind_step": (None, int, "prune or go back there", "[0, inf)", ("imp", *SCORED)),
+    "steps": (None, int, "of a GAN updates of G", "[1, 1000000000]"),
+    "batch_size": (None, int, "images per step, of a GAN's D", "[2, inf)"),
+    "width": (1.0, float, "multiplies channel counts", "(0, 16]"),
+    "seed": (0, int, "of all that is drawn", "[0, inf)"),
+    "device": (None, str, "cpu, cuda, cuda:1 ... (cuda if there is one)"),
+    "out": (None, str, "run folder (runs/METHOD-MODEL-DATASET-SEED)"),
+    "data": ("data", str, "folder of the data sets"),
+    "flip": (None, bool, "mirror training images (by data set)"),
+    "grey": (False, bool, "read a folder in one channel"),
+    "image_size": (None, int, "pixels; of most models 32, 48, 64", "[8, 1024]"),
+    "z": (None, int, "size of the latents", "[1, 65536]", (*SAMPLED, "linear_ae", "ae")),
+    "beta": (None, float, "weight of the KL term", "[0, inf)", VAES),
+    "n_critic": (None, int, "steps of D per step of G", "[1, inf)", GANS),
+    "lr": (None, float, "learning rate", "(0, inf)"),
+    "ema": (None, float, "longest decay of G's average, 0: none", "[0, 1)", GANS),
+    "amp": (False, bool, "forward passes in bfloat16"),
+    "graph": (True, bool, "a step as one CUDA graph"),
+    "workers": (os.cpu_count(), int, "processes that decode", "[0, 256]", CLASSIFIERS),
+    "checkpoint_s": (120.0, float, "between checkpoints", "[0, inf)"),
+    "density_D": (None, float, "ddst: at first", "(0, 1]", (*SPARSE, *SCORED, *GANS)),
+    "max_density_D": (1.0, float, "0.5: strict variant", "(0, 1]", ("ddst",)),
+    "update_every": (None, int, "of masks, in steps", "[0, inf)", MOVING),
+    "grow": ("gradient", str, "new weights by", ("gradient", "random"), MOVING),
+    "band": ([0.45, 0.55], float, "ratios to keep D in", "(-inf, inf)", ("ddst",), 2),
+    "ratio_every": (None, int, "between ratios", "[1, inf)", GANS),
+    "prune_rate": (0.2, float, "share pruned per round", "[0.01, 1)", ("imp",)),
+    "score_batches": (4, int, "to score by", "[1, inf)", ("snip", "grasp")),
+    "scope": ("global", str, "pool:", ("global", "network", "layer"), ("imp", "earlybird")),
+    "prune": (None, str, "networks to prune or fill", (), ("imp", "transfer"), "+"),
+    "controls": (False, bool, "its controls", (), ("imp", *FROM_TICKET, *SCORED)),
+    "channels_kept": (0.45, float, "share of channels", "(0, 1]", ("earlybird",)),
+    "ticket": (None, str, "file, or folder of an imp run", (), FROM_TICKET),
+    "order": ("append", str, "of copies", ("append", "interpolate"), ("elastic",)),
+    "eval_every": (None, int, "in steps", "[1, inf)"),
+    "features": ("random", str, "of the distance", ("random", "inception"), SAMPLED),
+    "eval_images": (None, int, "generated (2,000; FID 50,000)", "[2, inf)", SAMPLED),
+    "reference": (None, str, "compared with (FID: train)", ("train", "held-out"), SAMPLED),
+    "inception_weights": (None, str, "file of the FID network", (), SAMPLED),
+    "evaluate": (None, str, "finished run to measure again"),
+    "table": (None, str, "finished runs, side by side", (), (), "+"),
 }
+SETTINGS = {name: Row(*row) for name, row in SETTINGS.items()}
 DEFAULTS = {name: row.default for name, row in SETTINGS.items()}
-# What a method has by default where it differs from the rows.
 BY_METHOD = dict.fromkeys(("dense", *SPARSE, "transfer"), dict(rewind_step=0))
 BY_METHOD |= dict.fromkeys(SCORED, dict(model="resnet20", rewind_step=0))
 BY_METHOD["imp"] = dict(model="dcgan")
@@ -2372,7 +2371,7 @@ def parse(argv):
     return vars(parser.parse_args(argv))
 
 def check(given, method=None, model=None):
-    """ValueError for a flag that method or model do not read, or a value not of its SETTINGS row."""
+    """ValueError for a flag that method or model do not read, a value not of its row."""
     for name, row in SETTINGS.items():  # method and model come first
         value = given.get(name)
         if value is None:
@@ -2676,7 +2675,7 @@ def start_masks(s, nets):
     """Flat masks to start with; {}: dense. ValueError where a share would empty a layer later."""
     if s.method in SPARSE:
         shares = {r: s.density_D if r == "D" else s.density for r in s.roles}
-        if s.method != "ddst":  # its D has masks while all are 1, too: they will move
+        if s.method != "ddst":  # its D's masks will move
             shares = {r: d for r, d in shares.items() if d < 1}
         return erk_masks(nets, shares, s.seed)
     if s.method in FROM_TICKET:
@@ -2812,11 +2811,10 @@ def run_earlybird(run):
     finish(run, small, {}, after, value_before=before.metric, **more)
 
 def finish(run, nets, masks, done, **more):
-    """Leave pictures, model.pt and summary.json. Shares and MACs are relative to the dense networks
-    and one dense training of them, balance ratios aside."""
+    """Leave pictures, model.pt, summary.json; shares and MACs relative to one dense training."""
     s, last = run.s, done.rows[-1]
     positions, sizes = run.layers(nets)
-    whole_positions, whole = run.layers(run.nets)
+    dense_at, whole = run.layers(run.nets)
     counts = sizes | counts_of(masks)
     row = {n: vars(s)[n] for n in ("method", "model", "dataset", "seed")}
     row |= {"steps": done.step, "density_G": None, "density_D": None}
@@ -2832,8 +2830,7 @@ def finish(run, nets, masks, done, **more):
     row["parameters"] = sum(p.numel() for p in nets.parameters())
     row["kept"] = row["parameters"] - sum(sizes.values()) + sum(counts.values())
     row["macs"] = sum(positions[n] * counts[n] for n in sizes)
-    macs = sum(whole_positions[n] * whole[n] for n in whole)
-    row["macs_relative"] = row["macs"] / macs
+    row["macs_relative"] = row["macs"] / sum(dense_at[n] * whole[n] for n in whole)
     dense = run.training_macs(run.nets, [[0, {}, []]], done.step, ratios=False)
     exact, paper = map(sum, zip(*run.spent.values()))
     row["training_macs_relative"] = exact / dense[0]
@@ -2868,7 +2865,7 @@ def table(groups):
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
 
 def run_table(folders):
-    """--table DIR...: runs, below them their rounds; means of those that differ in seed only."""
+    """--table DIR...: runs, then rounds; those that differ in seed or ticket only as means."""
     groups = collections.defaultdict(list)
     skip = {*NOT_IDENTITY, *"seed environment ticket ticket_file ticket_sha256".split()}
     for folder in map(Path, folders):
