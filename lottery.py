@@ -2303,12 +2303,12 @@ SETTINGS = {
     "batch_size": (None, int, "images per step, of a GAN's D", "[2, inf)"),
     "width": (1.0, float, "multiplies channel counts", "(0, 16]"),
     "seed": (0, int, "of all that is drawn", "[0, inf)"),
-    "device": (None, str, "cpu, cuda, cuda:1 ... (cuda if there is one)"),
-    "out": (None, str, "run folder (runs/METHOD-MODEL-DATASET-SEED)"),
+    "device": (None, str, "cpu, cuda, cuda:1 (cuda if there is one)"),
+    "out": (None, str, "folder (runs/METHOD-MODEL-DATASET-SEED)"),
     "data": ("data", str, "folder of the data sets"),
     "flip": (None, bool, "mirror training images (by data set)"),
     "grey": (False, bool, "read a folder in one channel"),
-    "image_size": (None, int, "pixels; of most models 32, 48, 64", "[8, 1024]"),
+    "image_size": (None, int, "pixels; mostly 32, 48, 64", "[8, 1024]"),
     "z": (None, int, "size of the latents", "[1, 65536]", (*SAMPLED, "linear_ae", "ae")),
     "beta": (None, float, "weight of the KL term", "[0, inf)", VAES),
     "n_critic": (None, int, "steps of D per step of G", "[1, inf)", GANS),
@@ -2405,7 +2405,7 @@ def resolve(given):
     preset = {}
     if dataset == "shapes":
         preset = {"rounds": 5, **SHAPES_PRESET[model]}
-        if method == "earlybird":  # five epochs, as many after
+        if method == "earlybird":  # five epochs, and five
             preset |= dict(batch_size=64, steps=2000)
     data = dict(DATASETS.get(dataset, FOLDER))
     root = class_root(known)
@@ -2741,7 +2741,7 @@ def open_ticket(s, nets):
     print(f"  fresh and dense: {', '.join(fresh) or 'none'}")
     with reading(f"--ticket {s.ticket_file} into {s.model}"):
         nets.load_state_dict(theta)
-        apply_masks_(copy.deepcopy(nets), masks)  # it fits; theta stays dense
+        apply_masks_(copy.deepcopy(nets), masks)  # fits; theta stays dense
     return masks
 
 def run_masked(run):
@@ -2749,7 +2749,7 @@ def run_masked(run):
     s, nets, masks, start = run.s, run.nets, run.masks, run.s.rewind_step
     theta, more = copy.deepcopy(nets.state_dict()), {}
     done = run.fit(s.method, nets, masks, start)
-    if s.controls:  # by a copy: run.ema stays the ticket's
+    if s.controls:  # by a copy: run.ema stays
         given = copy.copy(run).fit, theta, masks, start, 1, s.seed
         results = train_controls(s.method, run.fresh, *given)
         more["rounds"] = [round_row(run, 0, masks, results | {"ticket": done})]
