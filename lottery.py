@@ -2297,73 +2297,70 @@ def draw_curve(path, rows, title):
     write_atomically(path, figure.savefig)
 
 # ==================================================================================================
-# 12. COMMAND LINE: settings, the run folder, a function per method, the table. There are settings
-#     in this section alone; elsewhere only warnings and progress are printed.
+# 12. COMMAND LINE: settings (in this section alone), the run folder, methods, the table.
 #     Try: resolve({"device": "cpu"}).ratios_per_decision -> 20
 
 SPARSE, SCORED = ("static", "sdst", "ddst"), ("magnitude", "snip", "grasp")
 MOVING, FROM_TICKET = ("sdst", "ddst"), ("ticket", "transfer", "elastic")
 METHODS = ("dense", *SPARSE, "imp", *FROM_TICKET, *SCORED, "earlybird")
-EVALUATION = ("features", "inception_weights", "eval_images", "reference")
+EVALUATION = "features inception_weights eval_images reference".split()
 # These may change as a run continues: no weight depends on them.
-NOT_IDENTITY = {*EVALUATION, "eval_every", "checkpoint_s", "device", "graph", "workers"}
-NOT_IDENTITY |= {"data", "out", "ratio_every"}  # ddst has ratios_per_decision
+NOT_IDENTITY = {*EVALUATION, *"eval_every checkpoint_s device graph workers data out".split()}
+NOT_IDENTITY.add("ratio_every")  # ddst has ratios_per_decision
 
-# All there is to say about a setting, which is a flag, too. default: None is by method, model or
-# data set. takes: choices, or a range. read_by: the methods or models that read it, (): all.
+# default None: by method, model or data set; takes: choices or a range; read_by (): all read it.
 fields = "default type help takes read_by nargs"
 Row = collections.namedtuple("Row", fields, defaults=((), (), None))
-
 SETTINGS = {
-    "method": Row("ddst", str, "how to train:", METHODS),
-    "dataset": Row("shapes", str, f"{', '.join(DATASETS)} or a folder of images"),
-    "model": Row("sngan", str, "what to train:", tuple(MODELS)),
-    "density": Row(0.3, float, "share of weights kept", "(0, 1]", (*SPARSE, "imp", *SCORED)),
-    "rounds": Row(20, int, "rounds of pruning", "[1, 1000]", ("imp",)),
-    "rewind_step": Row(None, int, "prune or go back there", "[0, inf)", ("imp", *SCORED)),
-    "steps": Row(None, int, "of a GAN updates of G", "[1, 1000000000]"),
-    "batch_size": Row(None, int, "images per step, of a GAN's D", "[2, inf)"),
-    "width": Row(1.0, float, "multiplies every channel count", "(0, 16]"),
-    "seed": Row(0, int, "of everything that is drawn", "[0, inf)"),
-    "device": Row(None, str, "cpu, cuda, cuda:1 ... (cuda when there is one)"),
-    "out": Row(None, str, "run folder (runs/METHOD-MODEL-DATASET-SEED)"),
-    "data": Row("data", str, "folder that holds the data sets"),
-    "flip": Row(None, bool, "mirror training images at random (by data set)"),
-    "grey": Row(False, bool, "read a folder of images in one channel"),
-    "image_size": Row(None, int, "pixels; of most models 32, 48, 64", "[8, 1024]"),
-    "z": Row(None, int, "size of the latents", "[1, 65536]", (*SAMPLED, "linear_ae", "ae")),
-    "beta": Row(None, float, "weight of the KL term", "[0, inf)", VAES),
-    "n_critic": Row(None, int, "steps of D per step of G", "[1, inf)", GANS),
-    "lr": Row(None, float, "learning rate", "(0, inf)"),
-    "ema": Row(None, float, "longest decay of G's average, 0: none", "[0, 1)", GANS),
-    "amp": Row(False, bool, "forward passes of the training in bfloat16"),
-    "graph": Row(True, bool, "a training step as one CUDA graph (on CUDA)"),
-    "workers": Row(os.cpu_count(), int, "processes that decode", "[0, 256]", CLASSIFIERS),
-    "checkpoint_s": Row(120.0, float, "seconds between checkpoints", "[0, inf)"),
-    "density_D": Row(None, float, "ddst: at first", "(0, 1]", (*SPARSE, *SCORED, *GANS)),
-    "max_density_D": Row(1.0, float, "0.5 is the strict variant", "(0, 1]", ("ddst",)),
-    "update_every": Row(None, int, "steps between mask updates", "[0, inf)", MOVING),
-    "grow": Row("gradient", str, "new weights by", ("gradient", "random"), MOVING),
-    "band": Row([0.45, 0.55], float, "ratios to keep D in", "(-inf, inf)", ("ddst",), 2),
-    "ratio_every": Row(None, int, "steps between balance ratios", "[1, inf)", GANS),
-    "prune_rate": Row(0.2, float, "share pruned per round", "[0.01, 1)", ("imp",)),
-    "score_batches": Row(4, int, "batches to score by", "[1, inf)", ("snip", "grasp")),
-    "scope": Row("global", str, "pool:", ("global", "network", "layer"), ("imp", "earlybird")),
-    "prune": Row(None, str, "networks to prune, or to fill", (), ("imp", "transfer"), "+"),
-    "controls": Row(False, bool, "its controls", (), ("imp", *FROM_TICKET, *SCORED)),
-    "channels_kept": Row(0.45, float, "share of channels", "(0, 1]", ("earlybird",)),
-    "ticket": Row(None, str, "ticket file, or folder of an imp run", (), FROM_TICKET),
-    "order": Row("append", str, "of copies", ("append", "interpolate"), ("elastic",)),
-    "eval_every": Row(None, int, "steps between evaluations", "[1, inf)"),
-    "features": Row("random", str, "of the distance", ("random", "inception"), SAMPLED),
-    "eval_images": Row(None, int, "generated (2,000; FID 50,000)", "[2, inf)", SAMPLED),
-    "reference": Row(None, str, "compared with (FID: train)", ("train", "held-out"), SAMPLED),
-    "inception_weights": Row(None, str, "file of the FID network", (), SAMPLED),
-    "evaluate": Row(None, str, "folder of a finished run: measure it again"),
-    "table": Row(None, str, "folders of finished runs: side by side", nargs="+"),
+    "method": ("ddst", str, "how to train:", METHODS),
+    "dataset": ("shapes", str, f"{', '.join(DATASETS)} or a folder of images"),
+    "model": ("sngan", str, "what to train:", tuple(MODELS)),
+    "density": (0.3, float, "share of weights kept", "(0, 1]", (*SPARSE, "imp", *SCORED)),
+    "rounds": (20, int, "rounds of pruning", "[1, 1000]", ("imp",)),
+    "rewind_step": (None, int, "prune or go back there", "[0, inf)", ("imp", *SCORED)),
+    "steps": (None, int, "of a GAN updates of G", "[1, 1000000000]"),
+    "batch_size": (None, int, "images per step, of a GAN's D", "[2, inf)"),
+    "width": (1.0, float, "multiplies channel counts", "(0, 16]"),
+    "seed": (0, int, "of all that is drawn", "[0, inf)"),
+    "device": (None, str, "cpu, cuda, cuda:1 (cuda if there is one)"),
+    "out": (None, str, "folder (runs/METHOD-MODEL-DATASET-SEED)"),
+    "data": ("data", str, "folder of the data sets"),
+    "flip": (None, bool, "mirror training images (by data set)"),
+    "grey": (False, bool, "read a folder in one channel"),
+    "image_size": (None, int, "pixels; mostly 32, 48, 64", "[8, 1024]"),
+    "z": (None, int, "size of the latents", "[1, 65536]", (*SAMPLED, "linear_ae", "ae")),
+    "beta": (None, float, "weight of the KL term", "[0, inf)", VAES),
+    "n_critic": (None, int, "steps of D per step of G", "[1, inf)", GANS),
+    "lr": (None, float, "learning rate", "(0, inf)"),
+    "ema": (None, float, "longest decay of G's average, 0: none", "[0, 1)", GANS),
+    "amp": (False, bool, "forward passes of training in bfloat16"),
+    "graph": (True, bool, "a step as one CUDA graph (on CUDA)"),
+    "workers": (os.cpu_count(), int, "processes that decode", "[0, 256]", CLASSIFIERS),
+    "checkpoint_s": (120.0, float, "seconds between checkpoints", "[0, inf)"),
+    "density_D": (None, float, "ddst: at first", "(0, 1]", (*SPARSE, *SCORED, *GANS)),
+    "max_density_D": (1.0, float, "0.5: strict variant", "(0, 1]", ("ddst",)),
+    "update_every": (None, int, "steps between mask updates", "[0, inf)", MOVING),
+    "grow": ("gradient", str, "new weights by", ("gradient", "random"), MOVING),
+    "band": ([0.45, 0.55], float, "ratios to keep D in", "(-inf, inf)", ("ddst",), 2),
+    "ratio_every": (None, int, "steps between balance ratios", "[1, inf)", GANS),
+    "prune_rate": (0.2, float, "share pruned per round", "[0.01, 1)", ("imp",)),
+    "score_batches": (4, int, "batches to score by", "[1, inf)", ("snip", "grasp")),
+    "scope": ("global", str, "pool:", ("global", "network", "layer"), ("imp", "earlybird")),
+    "prune": (None, str, "networks to prune or fill", (), ("imp", "transfer"), "+"),
+    "controls": (False, bool, "its controls", (), ("imp", *FROM_TICKET, *SCORED)),
+    "channels_kept": (0.45, float, "share of channels", "(0, 1]", ("earlybird",)),
+    "ticket": (None, str, "ticket file, or folder of an imp run", (), FROM_TICKET),
+    "order": ("append", str, "of copies", ("append", "interpolate"), ("elastic",)),
+    "eval_every": (None, int, "steps between evaluations", "[1, inf)"),
+    "features": ("random", str, "of the distance", ("random", "inception"), SAMPLED),
+    "eval_images": (None, int, "generated (2,000; FID 50,000)", "[2, inf)", SAMPLED),
+    "reference": (None, str, "compared with (FID: train)", ("train", "held-out"), SAMPLED),
+    "inception_weights": (None, str, "file of the FID network", (), SAMPLED),
+    "evaluate": (None, str, "finished run to measure again"),
+    "table": (None, str, "finished runs, side by side", (), (), "+"),
 }
+SETTINGS = {name: Row(*row) for name, row in SETTINGS.items()}
 DEFAULTS = {name: row.default for name, row in SETTINGS.items()}
-# What a method has by default where it differs from the rows.
 BY_METHOD = dict.fromkeys(("dense", *SPARSE, "transfer"), dict(rewind_step=0))
 BY_METHOD |= dict.fromkeys(SCORED, dict(model="resnet20", rewind_step=0))
 BY_METHOD["imp"] = dict(model="dcgan")
@@ -2383,9 +2380,8 @@ def parse(argv):
         if row.type is bool:
             how = dict(action=argparse.BooleanOptionalAction)
         takes = row.takes if isinstance(row.takes, str) else ", ".join(row.takes)
-        words = f"{row.help} {takes} (default {row.default}) "
-        words += " ".join(row.read_by)
-        parser.add_argument(flag(name), dest=name, help=words, **how)
+        words = row.help, takes, f"(default {row.default})", *row.read_by
+        parser.add_argument(flag(name), dest=name, help=" ".join(words), **how)
 
     def error(message):  # argparse would add its usage
         raise ValueError(message)
@@ -2393,16 +2389,19 @@ def parse(argv):
     parser.error = error
     return vars(parser.parse_args(argv))
 
-def check(settings):
-    """ValueError unless each value, of a flag or a file, may stand in its row of SETTINGS."""
-    for name, value in settings.items():
-        row = SETTINGS.get(name)
-        if row is None or value is None:
+def check(given, method=None, model=None):
+    """ValueError for a flag that method or model do not read, a value not of its row."""
+    for name, row in SETTINGS.items():  # method and model come first
+        value = given.get(name)
+        if value is None:
             continue
-        kinds = (int, float) if row.type is float else row.type
+        for known, chosen in ((METHODS, method), (MODELS, model)):
+            readers = [r for r in row.read_by if r in known]
+            if chosen and readers and chosen not in readers:
+                raise ValueError(f"{flag(name)} is not read by {chosen}, but by {readers}")
+        kinds = (int, float) if row.type is float else (row.type,)
         for item in value if row.nargs and isinstance(value, list) else [value]:
-            fits = isinstance(item, kinds) and item != ""
-            fits = fits and isinstance(item, bool) == (row.type is bool)
+            fits = type(item) in kinds and item != ""
             if fits and isinstance(row.takes, str):
                 low, high = map(float, row.takes[1:-1].split(","))
                 ends = {low: row.takes[0] == "[", high: row.takes[-1] == "]"}
@@ -2413,14 +2412,6 @@ def check(settings):
                 takes = row.takes or row.type.__name__
                 raise ValueError(f"{flag(name)} takes {takes}; got {item!r}")
 
-def check_read(given, method, model):
-    """ValueError for a flag that the method or model does not read: it would have no effect."""
-    for name in given:
-        for known, chosen in ((METHODS, method), (MODELS, model)):
-            readers = [r for r in SETTINGS[name].read_by if r in known]
-            if readers and chosen not in readers:
-                raise ValueError(f"{flag(name)} is not read by {chosen}, but by {readers}")
-
 def resolve(given):
     """All settings of a run. A value comes from the first that has it: flag, ticket, method, preset
     of shapes, model, data set, row of SETTINGS; `derive` fills in what depends on the others."""
@@ -2429,13 +2420,11 @@ def resolve(given):
     first = given, ticket, BY_METHOD.get(method, {})
     known = types.SimpleNamespace(**collections.ChainMap(*first, DEFAULTS))
     model, dataset = known.model, known.dataset
-    check(dict(method=method, model=model))
-    check_read(given, method, model)
-    check(given)
+    check(given, method, model)
     preset = {}
     if dataset == "shapes":
         preset = {"rounds": 5, **SHAPES_PRESET[model]}
-        if method == "earlybird":  # five epochs, as many after
+        if method == "earlybird":  # five epochs, and five
             preset |= dict(batch_size=64, steps=2000)
     data = dict(DATASETS.get(dataset, FOLDER))
     root = class_root(known)
@@ -2514,12 +2503,12 @@ def ticket_settings(given, method):
     if path.is_dir():
         path /= str(read_json(path / "summary.json").get("ticket"))
     theirs = load_ticket(path)["settings"]
-    names = "dataset seed width image_size z flip grey".split()
+    names = "dataset seed width image_size z flip grey"
     if method != "transfer":
-        names += "steps batch_size lr rewind_step".split()
+        names += " steps batch_size lr rewind_step"
     if method == "ticket":
-        names += "model ema n_critic beta".split()
-    ours = {n: theirs[n] for n in names if theirs.get(n) is not None}
+        names += " model ema n_critic beta"
+    ours = {n: theirs[n] for n in names.split() if theirs.get(n) is not None}
     if method == "elastic":
         ours["model"] = "resnet34" if theirs.get("model") in [*STAGES] else "resnet32"
     check(ours)
@@ -2545,12 +2534,10 @@ def identity(s):
 
 def check_folder(folder, s):
     """ValueError unless `folder` is new, empty or this very run's; writes nothing."""
-    if not (folder / "config.json").exists():
-        if any(folder.glob("[!.]*")):
-            raise ValueError(f"--out {folder} holds other things than a run")
-        return
-    theirs = read_json(folder / "config.json")
-    ours = json.loads(json.dumps(vars(s)))
+    config, ours = folder / "config.json", json.loads(json.dumps(vars(s)))
+    if not config.exists() and any(folder.glob("[!.]*")):
+        raise ValueError(f"--out {folder} holds other things than a run")
+    theirs = read_json(config) if config.exists() else ours
     names = list(identity(s))
     if s.method == "imp" or s.controls:  # compared, so measured alike
         names += EVALUATION
@@ -2714,16 +2701,16 @@ class Run:
         return flat_positions(nets, self.s.image_size, self.s.channels), sizes
 
     def training_macs(self, nets, history, step, ratios=True):  # exact, Wang et al.'s
-        s, layers = self.s, self.layers(nets)
+        s = self.s
         batches = s.batch_size, s.n_critic or 0, s.g_batches * s.batch_size
-        given = history, step, *layers, *batches, s.ratio_every * ratios
+        given = history, step, *self.layers(nets), *batches, s.ratio_every * ratios
         return training_macs(*given), training_macs(*given, paper=True)
 
 def start_masks(s, nets):
     """Flat masks to start with; {}: dense. ValueError where a share would empty a layer later."""
     if s.method in SPARSE:
         shares = {r: s.density_D if r == "D" else s.density for r in s.roles}
-        if s.method != "ddst":  # its D has masks while all are 1, too: they will move
+        if s.method != "ddst":  # its D's masks will move
             shares = {r: d for r, d in shares.items() if d < 1}
         return erk_masks(nets, shares, s.seed)
     if s.method in FROM_TICKET:
@@ -2788,7 +2775,7 @@ def open_ticket(s, nets):
     print(f"  fresh and dense: {', '.join(fresh) or 'none'}")
     with reading(f"--ticket {s.ticket_file} into {s.model}"):
         nets.load_state_dict(theta)
-        apply_masks_(copy.deepcopy(nets), masks)  # it fits; theta stays dense
+        apply_masks_(copy.deepcopy(nets), masks)  # fits; theta stays dense
     return masks
 
 def run_masked(run):
@@ -2796,12 +2783,10 @@ def run_masked(run):
     s, nets, masks, start = run.s, run.nets, run.masks, run.s.rewind_step
     theta, more = copy.deepcopy(nets.state_dict()), {}
     done = run.fit(s.method, nets, masks, start)
-    ema, spent = run.ema, dict(run.spent)
-    if s.controls:
-        start_of = theta, masks, start, 1, s.seed
-        results = train_controls(s.method, run.fresh, run.fit, *start_of)
+    if s.controls:  # by a copy: run.ema stays
+        given = copy.copy(run).fit, theta, masks, start, 1, s.seed
+        results = train_controls(s.method, run.fresh, *given)
         more["rounds"] = [round_row(run, 0, masks, results | {"ticket": done})]
-    run.ema, run.spent = ema, spent
     finish(run, nets, masks, done, **more)
 
 def run_one_shot(run):
@@ -2860,11 +2845,10 @@ def run_earlybird(run):
     finish(run, small, {}, after, value_before=before.metric, **more)
 
 def finish(run, nets, masks, done, **more):
-    """Leave pictures, model.pt and summary.json. Shares and MACs are relative to the dense networks
-    and one dense training of them, balance ratios aside."""
+    """Leave pictures, model.pt, summary.json; shares and MACs relative to one dense training."""
     s, last = run.s, done.rows[-1]
     positions, sizes = run.layers(nets)
-    whole_positions, whole = run.layers(run.nets)
+    dense_at, whole = run.layers(run.nets)
     counts = sizes | counts_of(masks)
     row = {n: vars(s)[n] for n in ("method", "model", "dataset", "seed")}
     row |= {"steps": done.step, "density_G": None, "density_D": None}
@@ -2880,8 +2864,7 @@ def finish(run, nets, masks, done, **more):
     row["parameters"] = sum(p.numel() for p in nets.parameters())
     row["kept"] = row["parameters"] - sum(sizes.values()) + sum(counts.values())
     row["macs"] = sum(positions[n] * counts[n] for n in sizes)
-    macs = sum(whole_positions[n] * whole[n] for n in whole)
-    row["macs_relative"] = row["macs"] / macs
+    row["macs_relative"] = row["macs"] / sum(dense_at[n] * whole[n] for n in whole)
     dense = run.training_macs(run.nets, [[0, {}, []]], done.step, ratios=False)
     exact, paper = map(sum, zip(*run.spent.values()))
     row["training_macs_relative"] = exact / dense[0]
@@ -2916,14 +2899,12 @@ def table(groups):
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
 
 def run_table(folders):
-    """--table DIR...: finished runs, below them the rounds of those that have some. Runs that
-    differ in seed and ticket only are one row; their rounds are means, without a verdict."""
+    """--table DIR...: runs, then rounds; those that differ in seed or ticket only as means."""
     groups = collections.defaultdict(list)
-    skip = "seed environment ticket ticket_file ticket_sha256"
+    skip = {*NOT_IDENTITY, *"seed environment ticket ticket_file ticket_sha256".split()}
     for folder in map(Path, folders):
         config = read_json(folder / "config.json")
-        for name in (*NOT_IDENTITY, *skip.split()):
-            config.pop(name, None)
+        config = {n: v for n, v in config.items() if n not in skip}
         row = read_json(folder / "summary.json")
         key = config, row.get("metric"), row.get("reference")
         groups[str(key)].append(row)
@@ -2943,12 +2924,11 @@ def run_evaluate(given):
     reads = {"evaluate", "device", "data", "workers", *EVALUATION}
     if given.keys() - reads:
         raise ValueError(f"--evaluate reads only {sorted(map(flag, reads))}")
-    check(given)
-    folder, device = given["evaluate"], pick_device(given.get("device"))
-    nets, saved = load_model(Path(folder) / "model.pt", device)
-    check_read(given, None, saved["settings"]["model"])
+    device = pick_device(given.get("device"))
+    nets, saved = load_model(Path(given["evaluate"]) / "model.pt", device)
     check(saved["settings"])
-    s = DEFAULTS | saved["settings"] | given | {"device": device, "out": folder}
+    check(given, model=saved["settings"]["model"])
+    s = DEFAULTS | saved["settings"] | given | {"device": device, "out": ""}
     run = Run(types.SimpleNamespace(**s))
     run.load()
     print(", ".join(f"{n} {v}" for n, v in run.measure(nets).items()))
