@@ -951,7 +951,7 @@ def on_rank_0(function):
 def check_ranks(named, step):
     """FloatingPointError on a rank where one of [(name, tensor), ...] is not rank 0's, by the sum
     of its bits as whole numbers."""
-    sums = [int(t.detach().contiguous().view(torch.int32).sum()) for _, t in named]
+    sums = [int(t.detach().flatten().view(torch.int32).sum()) for _, t in named]
     for (name, _), own, first in zip(named, sums, on_rank_0(lambda: sums)):
         if own != first:
             where = f"on rank {ranks()[0]} and rank 0 at step {step}"

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -39,6 +40,7 @@ import lottery as L
 HERE = Path(__file__).resolve().parent
 THREADS = torch.get_num_threads()
 torch.set_num_threads(1)  # the networks here are too small to share; real commands use all cores
+PRELOAD = "torch torch._dynamo numpy pytest torch.nn.utils.prune".split()
 TINY = "--width 0.03 --batch-size 4 --eval-images 640 --device cpu"  # a step in about 10 ms
 
 
@@ -1575,7 +1577,7 @@ MOMENTS += [("earlybird", "step 16 during 12 after 14 step 5"), ("dense", "step 
 def test_killed_at_several_moments_and_started_again_is_bit_identical(empty, method, moments):
     imagenet_like(empty / "pets", (10, 2))
     context = multiprocessing.get_context("forkserver")  # from a process that has torch loaded
-    context.set_forkserver_preload("torch torch._dynamo numpy pytest torch.nn.utils.prune".split())
+    context.set_forkserver_preload(PRELOAD)
     flags, moments, said = f"--method {method} {FAMILIES[method]}", moments.split(), ""
     more, fewer = (" 2", " 0") if method == "dense" else ("", "")  # workers
     for when, count in zip(moments[::2], moments[1::2]):
@@ -1602,6 +1604,110 @@ def test_a_run_that_ends_at_any_renaming_goes_on_to_the_same_bits(empty):
         assert code(f"cut{count}") == 0
         same_runs(f"cut{count}", "whole")
     assert 12 < count < 99
+
+
+def as_rank(rank, ranks, port, work, said, *args):
+    """work(said, *args) in one of the processes that torchrun would start."""
+    if ranks > 1:
+        names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_PORT=port)
+        os.environ |= {name: str(value) for name, value in names.items()}
+        os.environ |= {"TORCHELASTIC_RUN_ID": "1", "MASTER_ADDR": "127.0.0.1"}
+    work(f"{said}{rank}", *args)
+
+
+def in_ranks(ranks, work, *args, of_last=None):
+    """Exit codes and words of work(said, *args) in so many processes; the last may have its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        own = of_last or args if rank == ranks - 1 else args
+        given = rank, ranks, port, work, "said", *own
+        processes.append(context.Process(target=as_rank, args=given))
+        processes[-1].start()
+    for process in processes:
+        process.join(60)
+    codes = [process.exitcode for process in processes]
+    return codes, [Path(f"said{rank}").read_text() for rank in range(ranks)]
+
+
+def in_double(said, argvs):
+    """Runs in float64. Each mask that is decided on is left in `said`.json. One process takes the
+    statistics of its batch norms over the rows that each of two would have."""
+    decided, two = [], L.ranks()[1] == 2
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    join, forward, half = torch.distributed.init_process_group, nn.BatchNorm2d.forward, [False]
+
+    def split(norm, x):
+        if two or not half[0]:
+            return forward(norm, x)
+        return torch.stack([forward(norm, x[::2]), forward(norm, x[1::2])], 1).flatten(0, 1)
+
+    def in_halves(function):
+        def step(*args, **more):
+            half[0] = True
+            out = function(*args, **more)
+            half[0] = False
+            return out
+
+        return step
+
+    def noted(function, at=None):
+        def deciding(*args, **more):
+            out = function(*args, **more)
+            masks = out if at is None else args[at]
+            decided.append({n: "".join(map(str, m.int().flatten().tolist())) for n, m in masks.items()})
+            return out
+
+        return deciding
+
+    nn.BatchNorm2d.forward = split
+    for name in ("gan_step", "autoencoder_step", "classifier_step", "measure_balance"):
+        setattr(L, name, in_halves(getattr(L, name)))
+    for name, at in (("update_masks_", 3), ("prune_masks", None), ("channel_masks", None)):
+        setattr(L, name, noted(getattr(L, name), at))
+    torch.distributed.init_process_group = lambda *a, **k: (
+        torch.distributed.is_initialized() or join(*a, **k)
+    )
+    torch.distributed.destroy_process_group = lambda: None
+    L.draw_pictures, shapes = lambda *args: None, L.shapes
+    L.shapes = lambda count, *a: [x.double() if x.is_floating_point() else x for x in shapes(min(count, 200), *a)]
+    file = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(file, 2)
+    codes = [L.main(argv.split()) for argv in argvs]
+    Path(f"{said}.json").write_text(json.dumps([codes, decided]))
+
+
+SMALL = "--model resnet14 --width .1 --image-size 8 --batch-size"
+RANKED = {
+    "ddst": f"{TINY} --steps 40 --update-every 5 --n-critic 2 --band .2 .3",
+    "sdst": f"{SMALL} 8 --steps 30 --update-every 4",
+    "imp": "--model linear_ae --width .1 --batch-size 8 --steps 10 --rounds 3 --rewind-step 2",
+    "snip": f"{SMALL} 8 --steps 4",
+    "grasp": f"{SMALL} 8 --steps 4 --rewind-step 2",
+    "earlybird": f"{SMALL} 20 --steps 40",
+}
+
+
+def test_two_processes_decide_on_the_masks_of_one_and_reach_its_weights_in_float64(empty):
+    def argvs(out):
+        return [f"--method {m} {flags} --device cpu --out {out}/{m}" for m, flags in RANKED.items()]
+
+    assert in_ranks(2, in_double, argvs("two"))[0] == [0, 0]
+    two = [json.loads(Path(f"said{rank}.json").read_text()) for rank in (0, 1)]
+    assert in_ranks(1, in_double, argvs("one"))[0] == [0]
+    one = json.loads(Path("said0.json").read_text())
+    assert one[0] == [0] * len(RANKED) and len(one[1]) > 40
+    assert two[0] == two[1] == one
+    for path in Path("one").rglob("done-*.pt"):
+        a, b = read(path), read(Path("two", path.relative_to("one")))
+        for name, weight in a["weights"].items():
+            if not re.search("running|tracked", name):  # statistics are of rank 0's rows
+                assert (weight - b["weights"][name]).abs().max() < 1e-8, (path, name)
 
 
 CUDA_RUNS = {
