@@ -1200,10 +1200,9 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def scoring(*models):
-    """`untouched`, and scores that depend on weights and data alone. Batch norm takes statistics of
-    the batch (running ones may be empty), all else is in eval mode, and spectral norm's vectors
-    are settled, then still: scores would depend on what the last forward left. Of the kernels of
-    attention only the plain one has the second derivative."""
+    """`untouched`, and scores of weights and data alone, not of what the last forward left. Batch
+    norm takes statistics of the batch, all else is in eval mode; spectral norms are settled first
+    and rest. Of the kernels of attention only the plain one has a second derivative."""
     plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with untouched(*models), torch.enable_grad(), torch.random.fork_rng([]), plain:
         for layer in nn.ModuleList(models).modules():
@@ -1243,12 +1242,11 @@ def score_snip(model, loss, batches=1):
 
 def score_grasp(model, loss, batches=1):
     """GraSP: w (H g), how much of the squared gradient norm |g|^2 goes with the weight; H is the
-    Hessian of the loss. Wang, Zhang & Grosse 2020. Arguments see score_snip.
-    First g, summed over the batches. Then per batch the derivative of stop(g) . g_batch, which is
-    H_batch g; without the stop 2 H g comes out. Mind the sign: the paper scores S = -w (H g) and
-    removes the LARGEST S. The other end, or an absolute value, prunes what carries the gradient.
-    For a classifier the paper divides the logits by 200 inside the loss, in both passes:
-    probabilities become nearly equal, and the ranking changes, also its signs."""
+    Hessian of the loss. Wang, Zhang & Grosse 2020. Arguments see score_snip. First g, summed over
+    the batches; then per batch the derivative of stop(g) . g_batch: H_batch g (else 2 H_batch g).
+    Mind the sign: the paper scores S = -w (H g) and removes the LARGEST S. The other end, or an
+    absolute value, prunes what carries the gradient. For a classifier the paper divides the logits
+    by 200 inside the loss, in both passes: the ranking changes, also its signs."""
     weights = prunable_parameters(model)
     tensors = list(weights.values())
     sums = [torch.zeros_like(w) for w in tensors]
@@ -1355,8 +1353,7 @@ def iterative_magnitude_pruning(
         nets.load_state_dict(theta)  # rewind
         apply_masks_(nets, masks)  # before the first forward
         name = f"round-{k:02}"
-        ticket = train_fn(name, nets, masks, rewind_step, None, {})  # retrain
-        results = {"ticket": ticket}
+        results = {"ticket": train_fn(name, nets, masks, rewind_step, None, {})}  # retrain
         if controls:
             given = theta, masks, rewind_step, k, seed
             results |= train_controls(name, make_nets, train_fn, *given)
@@ -1398,9 +1395,8 @@ def verdict(dense, ticket, random=None, higher=False):
 
 def choose_round(verdicts):
     """Place of the sparsest winning round among verdicts, else matching one, else the last."""
-    rank = {"wins": 2, "matches": 1}
-    ranks = [(rank.get(word, 0), k) for k, word in enumerate(verdicts)]
-    return max(ranks)[1]
+    ranks = [(word == "wins", word == "matches", k) for k, word in enumerate(verdicts)]
+    return max(ranks)[-1]
 
 def save_ticket(path, theta, masks, settings, number, metrics):
     """A ticket file: the dense weights at the rewind step, the masks (bool), and their origin."""
@@ -1430,17 +1426,13 @@ def transfer_ticket(theta, masks, target, roles=None):
     for role in roles or sorted({n.split(".")[0] for n in target}):
         source = role if of_role(theta, role) else kin.get(role)
         given, given_masks = of_role(theta, source), of_role(masks, source)
-        weights = 0
-        for name, v in of_role(target, role).items():
-            own = f"{role}.{name}"
-            if name in given and given[name].shape == v.shape:
-                new[own] = given[name].clone()
-                received.append(own)
-                weights += v.dim() > 1
-                if name in given_masks:
-                    new_masks[own] = given_masks[name].clone()
-        if not weights:
+        own = of_role(target, role)
+        fits = [n for n in own if n in given and given[n].shape == own[n].shape]
+        if not any(own[n].dim() > 1 for n in fits):
             raise ValueError(f"no weight in the shape of one in {role}")
+        received += [f"{role}.{n}" for n in fits]
+        new |= {f"{role}.{n}": given[n].clone() for n in fits}
+        new_masks |= {f"{role}.{n}": m.clone() for n, m in given_masks.items() if n in fits}
     if not new_masks:
         raise ValueError("the ticket prunes nothing that these can receive")
     return new, new_masks, received
@@ -1456,8 +1448,7 @@ def transfer_ticket(theta, masks, target, roles=None):
 Chain = collections.namedtuple("Chain", "conv norm consumers")
 
 def channel_chains(model):
-    """The Chains of any model of our Encoder, Decoder, UpBlock, DownBlock, BasicBlock or
-    torchvision's BasicBlock (not Bottleneck). Residual sums, layers without batch norm: in none."""
+    """The Chains of any model of our encoders, decoders, blocks, or torchvision's BasicBlock."""
     chains = []
     for path, module in model.named_modules():
         found = []
@@ -1524,8 +1515,7 @@ def watch_channels(nets, chains, fraction, scope, epoch, steps, state):
             state["channels"] = [*state["channels"], masks][-5:]
         if due:
             state["found"], distances = early_bird(state["channels"])
-            largest = max(distances, default=1.0)
-            state.setdefault("log", {})["mask_distance"] = largest
+            state.setdefault("log", {})["mask_distance"] = max(distances, default=1.0)
         return late or state.get("found", False)
 
     return after_step
@@ -1562,9 +1552,8 @@ def cut_(layer, name, keep, side=0):
     entries = torch.arange(old.shape[dim]).view(len(keep), -1)
     index = entries[keep.cpu()].flatten().to(old.device)
     new = old.data.index_select(dim, index)
-    last = torch.channels_last
-    if old.dim() == 4 and old.is_contiguous(memory_format=last):
-        new = new.contiguous(memory_format=last)
+    if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last):
+        new = new.contiguous(memory_format=torch.channels_last)
     old.data = new
     widths = "num_features out_channels out_features", "in_channels in_features"
     for width in vars(layer).keys() & widths[side].split():
@@ -1725,8 +1714,7 @@ def update_masks_(nets, role, optimizer, masks, drop, grow, how, generator):
             dims[name] = int(getattr(module, "transposed", False))  # (in, out, kh, kw)
     own = {name: masks[name] for name in weights}
     gradients = {name: w.grad for name, w in weights.items()}
-    how_many = drop, grow, how, generator, dims
-    grown, _, grow = drop_and_grow_(weights, own, gradients, *how_many)
+    grown, _, grow = drop_and_grow_(weights, own, gradients, drop, grow, how, generator, dims)
     seed_optimizer_state_(optimizer, weights, grown, gradients)
     return bool(grow) and how == "gradient"
 
@@ -1747,8 +1735,7 @@ def balance_ratio(d_real, d_fake_before, d_fake_after):
 def smoothed_ratio(window):
     """Balance ratio over a list of (gain, gap, spread): (sum of gains) / (sum of gaps). NaN for [].
     Paper: the mean of the ratios, which single gaps near 0 carry (3.94 where the median was .30).
-    Measurements without a lead of D are left out; when most are, G is far ahead, and the answer is
-    +inf: to wait for good ones would stall in the very collapse that DDST shall prevent."""
+    Measurements without a lead of D are left out; when most are, G is far ahead: +inf, D grows."""
     good = [m for m in window if m[1] > 1e-3 * m[2] and math.isfinite(m[0])]
     if not window:
         return math.nan
@@ -1807,9 +1794,7 @@ def gan_schedule(steps, update_every=None, strict=False):
     under 20,000 steps D stays for 5 % of them: at first it is far ahead and would be cut."""
     every = update_every or max(20, steps // 200)
     every_D, window = (4 if strict else 2) * every, 2 * every
-    first = every_D
-    if steps < 20_000:
-        first = max(every_D, math.ceil(0.05 * steps))
+    first = max(every_D, math.ceil(0.05 * steps) if steps < 20_000 else 0)
     every_G = 0 if update_every == 0 else every
     return every_G, every_D, window, first, max(1, min(10, window // 20))
 
@@ -1882,12 +1867,9 @@ def dynamic_layers(
         read_dense_gradient = set()
         for name, mask in masks.items():
             one, role = {name: mask}, name.split(".")[0]
-            if density(one) == 1:  # nothing to exchange
-                continue
             n = int(drop_share(step, end, 0.3, 0.0) * kept(one))
-            chance = rng(seed, step, f"grow {name}")
-            given = optimizers[role], one, n, n, how, chance
-            if update_masks_(nets, role, *given):
+            given = optimizers[role], one, n, n, how, rng(seed, step, f"grow {name}")
+            if density(one) < 1 and update_masks_(nets, role, *given):
                 read_dense_gradient.add(role)
         state["history"].append([step, counts_of(masks), sorted(read_dense_gradient)])
 
@@ -1898,8 +1880,7 @@ def role_densities(nets, masks):
     shares = {}
     for role, net in nets.items():
         total = sum(w.numel() for w in prunable_parameters(net).values())
-        own = of_role(masks, role)
-        pruned = sum(m.numel() for m in own.values()) - kept(own)
+        pruned = sum(int((m == 0).sum()) for m in of_role(masks, role).values())
         shares[f"density_{role}"] = (total - pruned) / total
     return shares
 
@@ -1954,8 +1935,7 @@ def remap_blocks(tensors, maps):
     """A dict of tensors (weights and statistics, or masks) for another depth: target block t of
     stage s is source block maps[s][t], the rest is taken one to one. Copies, without rescaling."""
     counts, places = residual_blocks(tensors)
-    pairs = zip(maps, counts)
-    fits = [b[:1] == [0] and {*b[1:]} <= {*range(1, n)} for b, n in pairs]
+    fits = [b[:1] == [0] and {*b[1:]} <= {*range(1, n)} for b, n in zip(maps, counts)]
     if len(maps) != len(counts) or not all(fits):
         raise ValueError(f"{maps} do not fit stages of {counts} blocks")
     out = {}
@@ -1981,17 +1961,13 @@ def elastic_ticket(theta, masks, target, maps):
     """(theta, masks, fresh): remap_blocks of a ticket, to fit the state dict `target`. A last layer
     for other classes is the target's, dense, and in `fresh`. Batch norm's statistics do not fit."""
     theta, masks = remap_blocks(theta, maps), remap_blocks(masks, maps)
-    fresh = []
-    for name, value in target.items():
-        old, new = tuple(theta.get(name, value).shape), tuple(value.shape)
-        if old == new:
-            continue
+    fresh = [n for n, v in target.items() if theta.get(n, v).shape != v.shape]
+    for name in fresh:
         if not re.search(r"\bfc\.\w+$", name):
-            raise ValueError(f"the ticket does not fit: {name} is {old}, not {new}")
-        fresh.append(name)
-        theta[name] = value.clone()
+            raise ValueError(f"{name} is {[*theta[name].shape]} in the ticket and does not fit")
+        theta[name] = target[name].clone()
         if name in masks:
-            masks[name] = torch.ones_like(value)
+            masks[name] = torch.ones_like(theta[name])
     return theta, masks, fresh
 
 # ==================================================================================================
@@ -2161,8 +2137,7 @@ def measure(nets, held_out, truth, reference=None, seed=0):
     """{column: number} of networks for use: the metric that decides, and what stands beside it.
     held_out, truth  uint8 images (N, c, S, S) and labels; reference see distance_reference"""
     if "net" in nets:
-        right = accuracy(nets["net"], held_out, truth)
-        return dict(metric_name="accuracy", metric=right)
+        return dict(metric_name="accuracy", metric=accuracy(nets["net"], held_out, truth))
     numbers = {}
     if "encoder" in nets:
         error = reconstruction_error(nets, held_out)
@@ -2212,8 +2187,7 @@ def training_macs(
     history, steps, positions, sizes, batch_size, n_critic=0, g_batch=0, ratio_every=0, paper=False
 ):
     """MACs of a whole training with moving masks, an int.
-    history    [[step, {weight name: number kept}, [networks whose dense gradient was read]], ...]:
-               masks from that step on, and whose gradient that very step read to set them
+    history    [[step, {weight: number kept from then on}, [networks of dense gradients read]], ...]
     positions  of mac_positions, sizes {name: weights}; a weight without a mask counts whole
     n_critic   steps of D per step of G and g_batch, G's batch; 0: no GAN
     A backward costs two forwards, or one for the input alone. paper=True: Wang et al.'s code leaves
