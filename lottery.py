@@ -1203,7 +1203,7 @@ def scoring(*models):
     """`untouched`, and scores of weights and data alone, not of what the last forward left. Batch
     norm takes statistics of the batch, all else is in eval mode; spectral norms are settled first
     and rest. Of the kernels of attention only the plain one has a second derivative."""
-    plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    plain = nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)
     with untouched(*models), torch.enable_grad(), torch.random.fork_rng([]), plain:
         for layer in nn.ModuleList(models).modules():
             layer.training = isinstance(layer, nn.modules.batchnorm._BatchNorm)
@@ -1214,14 +1214,15 @@ def settle_spectral_norms_(model):
     """Iterate spectral norms' vectors 30 times from a fixed start, for the weights as they are."""
     for weight in model.modules():
         listed = isinstance(weight, nn.utils.parametrize.ParametrizationList)
-        if listed and hasattr(weight[0], "_u"):
-            norm = weight[0]
-            matrix = norm._reshape_weight_to_matrix(weight.original.detach())
-            start = rng(0, 0, "spectral norm")
-            norm._u.copy_(torch.randn(len(matrix), generator=start))
-            for _ in range(30):
-                norm._v.copy_(F.normalize(matrix.T @ norm._u, dim=0))
-                norm._u.copy_(F.normalize(matrix @ norm._v, dim=0))
+        norm = weight[0] if listed else None
+        if not hasattr(norm, "_u"):
+            continue
+        matrix = norm._reshape_weight_to_matrix(weight.original.detach())
+        start = rng(0, 0, "spectral norm")
+        norm._u.copy_(torch.randn(len(matrix), generator=start))
+        for _ in range(30):
+            norm._v.copy_(F.normalize(matrix.T @ norm._u, dim=0))
+            norm._u.copy_(F.normalize(matrix @ norm._v, dim=0))
 
 def score_magnitude(model):
     """|w|: the baseline that ignores the data, which a score that looks at data has to beat."""
@@ -1320,8 +1321,7 @@ def two_layer_tickets(rounds=8, rate=0.2, steps=500, seed=0):
         results.append((density(masks), ticket, random))
     return results
 
-# masks flat, {} in round 0, the dense training; theta: dense state dict at the rewind step; results
-# of train_fn: "ticket", and of its controls "random" and "shuffled".
+# masks flat, {} in round 0; theta dense, at the rewind step; results of train_fn, "ticket" first.
 Round = collections.namedtuple("Round", "number masks theta results")
 
 def iterative_magnitude_pruning(
@@ -1333,8 +1333,7 @@ def iterative_magnitude_pruning(
     train_fn     (name, nets, masks, start, after_step, state) -> anything; trains `nets` in place
                  from step `start`, calls after_step(steps done, out), checkpoints `state` too
     densities    share kept after each round, falling, see round_densities
-    rewind_step  k: survivors and buffers go back to step k of the dense training, learning rate
-                 and data go on from there, optimizers start fresh
+    rewind_step  where weights and buffers go back to; data and learning rate go on from there
     prune        the roles that are pruned (names up to the first dot); None: all"""
     nets, state = make_nets(0), {}
 
@@ -1351,7 +1350,7 @@ def iterative_magnitude_pruning(
         weights = {n: w.abs() for n, w in prunable_parameters(pruned).items()}
         masks = prune_masks(weights, share, masks, scope, keep_best=True)  # prune
         nets.load_state_dict(theta)  # rewind
-        apply_masks_(nets, masks)  # before the first forward
+        apply_masks_(nets, masks)
         name = f"round-{k:02}"
         results = {"ticket": train_fn(name, nets, masks, rewind_step, None, {})}  # retrain
         if controls:
@@ -1420,21 +1419,21 @@ def transfer_ticket(theta, masks, target, roles=None):
     """A ticket into another model: decoder <-> generator, encoder <-> discriminator. Kalibhat 2021.
     target: state dict of the fresh target, left alone; roles: its networks that receive, None: all
     Returns (theta, masks, names received): same name and shape in the role; the rest is fresh."""
-    kin = {"G": "decoder", "decoder": "G", "D": "encoder", "encoder": "D"}
+    kin = dict(G="decoder", decoder="G", D="encoder", encoder="D")
     new = {n: v.clone() for n, v in target.items()}
     new_masks, received = {}, []
     for role in roles or sorted({n.split(".")[0] for n in target}):
         source = role if of_role(theta, role) else kin.get(role)
-        given, given_masks = of_role(theta, source), of_role(masks, source)
-        own = of_role(target, role)
-        fits = [n for n in own if n in given and given[n].shape == own[n].shape]
-        if not any(own[n].dim() > 1 for n in fits):
+        given = {f"{role}.{n}": v for n, v in of_role(theta, source).items()}
+        pruned = {f"{role}.{n}": m for n, m in of_role(masks, source).items()}
+        fits = [n for n in target if n in given and given[n].shape == target[n].shape]
+        if not any(target[n].dim() > 1 for n in fits):
             raise ValueError(f"no weight in the shape of one in {role}")
-        received += [f"{role}.{n}" for n in fits]
-        new |= {f"{role}.{n}": given[n].clone() for n in fits}
-        new_masks |= {f"{role}.{n}": m.clone() for n, m in given_masks.items() if n in fits}
+        received += fits
+        new |= {n: given[n].clone() for n in fits}
+        new_masks |= {n: pruned[n].clone() for n in fits if n in pruned}
     if not new_masks:
-        raise ValueError("the ticket prunes nothing that these can receive")
+        raise ValueError("the ticket prunes nothing that these have")
     return new, new_masks, received
 
 # ==================================================================================================
@@ -1442,9 +1441,8 @@ def transfer_ticket(theta, masks, target, roles=None):
 #    what is left is smaller and faster on any hardware. You et al. 2020; generative models: [1].
 #    Try: len(channel_chains(build("dcgan", width=0.1))) -> 8
 
-# Channels that can be cut, by module names: `conv` makes them, `norm` scales them, `consumers` read
-# them. In between each channel must go its own way and 0 must stay 0: ReLU, pooling, upsampling,
-# flatten. So a residual sum, to which other layers add, is in no chain.
+# Channels that can be cut, by module names: `conv` makes, `norm` scales, `consumers` read them. In
+# between each goes its own way and 0 stays 0 (ReLU, pooling, flatten): a residual sum is in none.
 Chain = collections.namedtuple("Chain", "conv norm consumers")
 
 def channel_chains(model):
@@ -1455,7 +1453,7 @@ def channel_chains(model):
         theirs = "torchvision.models.resnet.Basic" in str(type(module))
         if isinstance(module, (Encoder, Decoder)):
             convs = [n.removesuffix(".weight") for n, _ in prunable_modules(module)]
-            norms = [f"norms.{i}" for i in range(len(module.norms))]
+            norms = [f"norms.{i}" for i in range(4)]
             found = zip(convs, norms, convs[1:])
         elif isinstance(module, (UpBlock, DownBlock)):
             if isinstance(module.norm2, nn.BatchNorm2d):
@@ -1469,8 +1467,7 @@ def channel_chains(model):
 
 def gammas_of(model, chains):
     """{chain's conv: |scale of its batch norm|, (C,)}"""
-    norms = {c.conv: model.get_submodule(c.norm) for c in chains}
-    return {conv: norm.weight.detach().abs() for conv, norm in norms.items()}
+    return {c.conv: model.get_parameter(f"{c.norm}.weight").detach().abs() for c in chains}
 
 def channel_masks(model, fraction, chains, scope="global"):
     """{chain's conv: bool (C,), True: kept}: the round(fraction x channels) of largest |scale|. The
@@ -1485,8 +1482,7 @@ def channel_masks(model, fraction, chains, scope="global"):
     return {conv: mask.bool() for conv, mask in masks.items()}
 
 def mask_distance(a, b):
-    """Share of channels in which two channel masks differ, 0..1. Two random masks that keep a share
-    p differ in 2 p (1 - p): near p = 0 or 1 a small distance says nothing."""
+    """Share of channels in which two masks differ: 2 p (1 - p) at random, little near p = 0 or 1."""
     differ = sum(int((a[conv] != b[conv]).sum()) for conv in a)
     return differ / sum(map(len, a.values()))
 
@@ -1502,7 +1498,7 @@ def watch_channels(nets, chains, fraction, scope, epoch, steps, state):
     channel masks into state["channels"], the newest last, once scales have moved from their start,
     where they rank nothing. It ends the training at an early bird, or after half of `steps`."""
     def scales():
-        return torch.cat(list(gammas_of(nets, chains).values()))
+        return torch.cat([*gammas_of(nets, chains).values()])
 
     start = scales()
     state.setdefault("channels", [])
@@ -1533,13 +1529,13 @@ def check_chains(model, chains):
         first, last = order.index(chain.norm), order.index(ends[1])
         for name in (*ends, *order[first:last]):
             layer = model.get_submodule(name)
-            sizes = [p.numel() for p in layer.parameters(recurse=False)]
+            numbers = sum(p.numel() for p in layer.parameters(recurse=False))
             fits = isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear))
             fits = fits and getattr(layer, "groups", 1) == 1
             if name in ends:
                 fits = fits and owners[id(layer.weight)] == 1
             else:
-                fits = fits or isinstance(layer, norms) or max(sizes, default=0) < 2
+                fits = fits or isinstance(layer, norms) or numbers < 2
             if not fits:
                 raise ValueError(f"{name} cannot be cut beside {chain.norm}")
 
@@ -1552,8 +1548,9 @@ def cut_(layer, name, keep, side=0):
     entries = torch.arange(old.shape[dim]).view(len(keep), -1)
     index = entries[keep.cpu()].flatten().to(old.device)
     new = old.data.index_select(dim, index)
-    if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last):
-        new = new.contiguous(memory_format=torch.channels_last)
+    last = torch.channels_last
+    if old.dim() == 4 and old.is_contiguous(memory_format=last):
+        new = new.contiguous(memory_format=last)
     old.data = new
     widths = "num_features out_channels out_features", "in_channels in_features"
     for width in vars(layer).keys() & widths[side].split():
@@ -1578,23 +1575,21 @@ def slim(model, masks, chains):
     return small
 
 def load_model(path, device="cpu"):
-    """(networks, the file's dict) from a model.pt: nn.ModuleDict in eval mode, masked, a GAN's G
-    with its averaged weights. Runs no code from the file."""
+    """(networks in eval mode, the file's dict) of a model.pt: masked, G averaged. Runs no code."""
     saved = load_torch(path, device)
     with reading(path):
         s, weights = saved["settings"], saved["weights"]
         size = s["image_size"], s["channels"], s["width"], s.get("z")
         with torch.device("meta"):  # shapes are compared first
             nets = build(s["model"], *size, classes=s["classes"])
-        masks, chains = {}, channel_chains(nets)
-        for chain in chains:  # as many channels as the file has
-            name = f"{chain.norm}.weight"
-            channels = torch.arange(len(nets.get_parameter(name)))
-            masks[chain.conv] = channels < len(weights[name])
+        chains = channel_chains(nets)
+        gammas = gammas_of(nets, chains)
+        counts = {c.conv: len(weights[f"{c.norm}.weight"]) for c in chains}
+        masks = {conv: torch.arange(len(g)) < counts[conv] for conv, g in gammas.items()}
         if any(not mask.all() for mask in masks.values()):
             nets = slim(nets, masks, chains)
         empty = nets.state_dict()
-        check_shapes({name: weights[name] for name in empty}, empty)
+        check_shapes(weights, empty)
         check_shapes(saved["masks"], empty)
         nets.to_empty(device=device).load_state_dict(weights)
         apply_masks_(nets, {n: m.float() for n, m in saved["masks"].items()})
@@ -1630,12 +1625,12 @@ def two_layer_ddst(steps=1500, every=20, low=0.45, high=0.55, seed=0):
         real = x[batch_index(len(x), 64 * step, 64, seed)]
         z_D, z_G = (latents(64, 16, seed, step, role) for role in ("D", "G"))
         out = gan_step(G, D, adam, real[None], z_D[None], z_G, masks=split)
-        now = measure_balance(G, D, real, z_G, out["fake"])  # what G won back
+        now = measure_balance(G, D, real, z_G, out["fake"])
         window = [*window, now][-2 * every :]
-        if step % every == 0:  # G: the smallest weights go, as many grow
+        if step % every == 0:  # G: as many grow
             exchange = int(drop_share(step, steps) * kept(split["G"]))
             move("G", exchange, exchange)
-        if step % (2 * every) == 0:  # D: denser when it is too weak, sparser when too strong
+        if step % (2 * every) == 0:  # D: denser or sparser
             ratio, count = smoothed_ratio(window), kept(split["D"])
             _, wanted = controller(ratio, count, low, high, **limits)
             move("D", max(0, count - wanted), max(0, wanted - count))
@@ -1647,8 +1642,7 @@ def drop_and_grow_(
 ):
     """Prune the `drop` smallest kept weights, then keep `grow` more, in one pool; in place.
     weights, masks, gradients   {name: tensor}; stored weights are masked, gradients are dense
-    how           "gradient": grow where |gradient| is largest (RigL, Evci et al. 2020);
-                  "random": anywhere (SET, Mocanu et al. 2018), drawn from `generator`
+    how           "gradient": grow where it is largest (RigL); "random": by `generator` (SET)
     output_dim    {name: dimension of the output units}, 0 if not given (transposed: 1)
     New weights start at 0; what was just dropped may grow back, and keeps its value. The largest
     kept weight of an output row stays: spectral norm of an empty layer is 0/0. Gradients of exactly
@@ -1660,19 +1654,19 @@ def drop_and_grow_(
     magnitude, was = flat(weights).abs(), flat(masks) != 0
     dims, safe = output_dim or {}, {}
     for name, mask in masks.items():
-        safe[name] = row_largest(weights[name].detach(), mask, dims.get(name, 0))
+        safe[name] = row_largest(weights[name], mask, dims.get(name, 0))
     may_drop = was & ~flat(safe)
-    short = max(0, drop - int(torch.count_nonzero(may_drop)))
+    short = max(0, drop - int(may_drop.sum()))
     drop, grow = drop - short, max(0, grow - short)  # an exchange keeps its count
     dropped = keep_top(torch.where(may_drop, -magnitude, -math.inf), drop)
     keep = was & ~dropped
-    grow = min(grow, int(torch.count_nonzero(~keep)))
+    grow = min(grow, int((~keep).sum()))
     score = torch.zeros_like(magnitude)
     if grow and how == "gradient":
         score = flat(gradients).abs()
         if not torch.isfinite(score).all():
-            raise FloatingPointError("a gradient by which weights would grow is not finite")
-    if grow and int(torch.count_nonzero((score > 0) & ~keep)) < grow:
+            raise FloatingPointError("a gradient to grow by is not finite")
+    if grow and int(((score > 0) & ~keep).sum()) < grow:
         rest = torch.rand(len(keep), generator=generator).to(keep.device)  # in [0, 1)
         if how == "gradient":
             rest = torch.where(dropped, 1 + magnitude, rest)
@@ -1680,7 +1674,7 @@ def drop_and_grow_(
     keep |= keep_top(torch.where(keep, -math.inf, score), grow)
     grown = split_like(keep & ~was, masks)
     for name, part in split_like(keep, masks).items():
-        masks[name].copy_(part)  # in place: whoever holds the mask sees the change
+        masks[name].copy_(part)
         weights[name].data.mul_(part)
     return {name: part.bool() for name, part in grown.items()}, drop, grow
 
@@ -1697,21 +1691,20 @@ def seed_optimizer_state_(optimizer, weights, grown, gradients):
     0 there Adam's first step could be lr / sqrt(1 - beta2), 31 times too long."""
     for name, new in grown.items():
         square = gradients[name] ** 2
-        starts = {"exp_avg": 0.0, "momentum_buffer": 0.0}
-        starts |= {"exp_avg_sq": square, "square_avg": square}
+        starts = dict(exp_avg=0.0, momentum_buffer=0.0)
+        starts |= dict(exp_avg_sq=square, square_avg=square)
         for key, value in optimizer.state.get(weights[name], {}).items():
-            if key in starts and value is not None:
+            if key in starts:
                 value.copy_(torch.where(new, starts[key], value))
 
 def update_masks_(nets, role, optimizer, masks, drop, grow, how, generator):
-    """drop_and_grow_ on the masks of one network, and its optimizer's state; by the gradients that
-    are there. Returns whether a dense gradient was read, for the MACs."""
+    """drop_and_grow_ for a network and its optimizer; True if it read dense gradients, for MACs."""
     weights, dims = {}, {}
     for short, module in prunable_modules(nets[role]):
         name = f"{role}.{short}"
         if name in masks:
             weights[name] = nets.get_parameter(name)
-            dims[name] = int(getattr(module, "transposed", False))  # (in, out, kh, kw)
+            dims[name] = int(getattr(module, "transposed", False))
     own = {name: masks[name] for name in weights}
     gradients = {name: w.grad for name, w in weights.items()}
     grown, _, grow = drop_and_grow_(weights, own, gradients, drop, grow, how, generator, dims)
@@ -1727,9 +1720,9 @@ def balance_ratio(d_real, d_fake_before, d_fake_after):
     BR = (D(G'(z)) - D(G(z))) / (D(x) - D(G(z)))      same z, D after its own step, raw logits
     Wang et al. 2023. Unchanged under D -> a D + b for a > 0. NaN when D is not ahead: a gap of at
     most 1e-3 standard deviations of the logits has no sign, and its inverse would swamp a mean."""
-    gain = d_fake_after.mean() - d_fake_before.mean()
-    gap = d_real.mean() - d_fake_before.mean()
-    spread = torch.cat([d_real.flatten(), d_fake_before.flatten()]).std()
+    before = d_fake_before.mean()
+    gain, gap = d_fake_after.mean() - before, d_real.mean() - before
+    spread = torch.cat([d_real, d_fake_before]).std()
     return float(gain) / float(gap) if gap > 1e-3 * spread else math.nan
 
 def smoothed_ratio(window):
@@ -1765,10 +1758,9 @@ def measure_balance(G, D, real, z, fake, amp=False):
 
 def controller(ratio, count, low, high, change, floor, cap, total):
     """DDST's decision for D: (action, weights D shall keep), all in whole weights.
-    ratio at least `high`, D too weak   "grow" by `change`, up to the cap; at it "explore" (drop and
-                                        grow at constant count) if it is below `total` (strict)
-    ratio at most `low`, D too strong   "drop" by `change`, down to the floor
-    otherwise, or NaN                   "hold"
+    ratio >= high, D too weak    "grow" by `change` to the cap, there "explore" if below `total`
+    ratio <= low, D too strong   "drop" by `change`, down to the floor
+    otherwise, or NaN            "hold"; "explore" is an exchange at constant count
     Counts, not densities: .1 + 8 x .05 is not .5 in floats; the authors' test for it misses."""
     if ratio >= high and count < cap:
         return "grow", min(cap, count + change)
@@ -1786,15 +1778,15 @@ def control_counts(masks, max_density, change=0.05, floor=0.05):
     return dict(change=change, floor=floor, cap=cap, total=total)
 
 def gan_schedule(steps, update_every=None, strict=False):
-    """Steps between updates of G's mask, between decisions on D, the window of the balance ratio,
-    the first step at which D may change, and steps between balance ratios.
-    The paper's 500, 1,000 (strict: 2,000), 1,000, 1,000 and 10 of 100,000 steps, scaled with the
-    run. At least 20: new weights need time to grow past the magnitude that would drop them. A
-    decision rests on at least 20 ratios, or on one a step: by 4, one in seven went wrong. In runs
-    under 20,000 steps D stays for 5 % of them: at first it is far ahead and would be cut."""
+    """Steps between updates of G's mask, between decisions on D, the window of the ratio, the first
+    step at which D may change, steps between ratios. The paper's 500, 1,000 (strict: 2,000), 1,000,
+    1,000, 10 of 100,000, scaled with the run. At least 20: new weights need time to grow past what
+    would drop them. A decision rests on 20 ratios, or on one a step: by 4, one in seven went wrong.
+    In runs under 20,000 steps D stays for 5 %: at first it is far ahead and would be cut."""
     every = update_every or max(20, steps // 200)
     every_D, window = (4 if strict else 2) * every, 2 * every
-    first = max(every_D, math.ceil(0.05 * steps) if steps < 20_000 else 0)
+    rest = 0.05 * steps if steps < 20_000 else 0
+    first = max(every_D, math.ceil(rest))
     every_G = 0 if update_every == 0 else every
     return every_G, every_D, window, first, max(1, min(10, window // 20))
 
@@ -1864,14 +1856,14 @@ def dynamic_layers(
     def after_step(step, out):
         if not update_every or step % update_every or step >= end:
             return
-        read_dense_gradient = set()
+        read = set()
         for name, mask in masks.items():
             one, role = {name: mask}, name.split(".")[0]
             n = int(drop_share(step, end, 0.3, 0.0) * kept(one))
             given = optimizers[role], one, n, n, how, rng(seed, step, f"grow {name}")
             if density(one) < 1 and update_masks_(nets, role, *given):
-                read_dense_gradient.add(role)
-        state["history"].append([step, counts_of(masks), sorted(read_dense_gradient)])
+                read.add(role)
+        state["history"].append([step, counts_of(masks), sorted(read)])
 
     return after_step
 
@@ -1902,7 +1894,7 @@ def block_map(source, target, order="append"):
         groups = block_map(target, source, order)
         return [groups.index(block) for block in range(target)]
     units = range(1, source)
-    times, more = divmod(target - 1, len(units))  # `more` units once more
+    times, more = divmod(target - 1, len(units))
     copies = [*units] * (times - 1) + [*units[:more]]
     if order == "interpolate":
         return sorted([0, *units, *copies])
@@ -1913,12 +1905,13 @@ def residual_blocks(names):
     """([blocks per stage], {name: (stage, block, before, after)}) of a ResNet of basic blocks. A
     name is before + number + after, "net.blocks.4.conv1.weight" (CIFAR, counted through three equal
     stages) or "layer2.1.downsample.0.weight" (torchvision); stem and head are left out."""
+    wanted = "of a ResNet of basic blocks in equal stages"
     inside = r"(.*\b(?:blocks|layer(\d))\.)(\d+)(\..*)"
     matches = [re.fullmatch(inside, name) for name in names]
     found = {m[0]: m.groups() for m in matches if m}
     cifar = {block for _, stage, block, _ in found.values() if not stage}
     if not found or len(cifar) % 3:
-        raise ValueError("not the tensors of a ResNet of basic blocks in equal stages")
+        raise ValueError(f"not {wanted}")
     places, stages = {}, collections.defaultdict(set)
     for name, (before, stage, block, after) in found.items():
         stage, block = int(stage or 1) - 1, int(block)
@@ -1926,7 +1919,7 @@ def residual_blocks(names):
             stage, block = divmod(block, len(cifar) // 3)
         kinds = "conv1 bn1 conv2 bn2" + " shortcut downsample" * (block == 0)
         if after.split(".")[1] not in kinds.split():
-            raise ValueError(f"{name} is not of a ResNet of basic blocks in equal stages")
+            raise ValueError(f"{name} is not {wanted}")
         places[name] = stage, block, before, after
         stages[stage].add(block)
     return [len(stages[stage]) for stage in sorted(stages)], places
@@ -1964,7 +1957,7 @@ def elastic_ticket(theta, masks, target, maps):
     fresh = [n for n, v in target.items() if theta.get(n, v).shape != v.shape]
     for name in fresh:
         if not re.search(r"\bfc\.\w+$", name):
-            raise ValueError(f"{name} is {[*theta[name].shape]} in the ticket and does not fit")
+            raise ValueError(f"{name} is {[*theta[name].shape]} in the ticket")
         theta[name] = target[name].clone()
         if name in masks:
             masks[name] = torch.ones_like(theta[name])
@@ -2113,8 +2106,7 @@ def accuracy(net, images, labels, size=500):
     return right / len(images)
 
 def distance_reference(images, held_out, network, features, count, part="held-out"):
-    """What `count` generated images are compared with, a dict; None below 640 real images, ten
-    times the 64 features: with less a distance is mostly bias.
+    """What `count` images are compared with, a dict; None below 640 real ones: mostly bias.
     images, held_out  uint8 (N, c, S, S); features: the name of `network`
     part              "train", as FIDs are published; "held-out": `count` of those, stricter
     columns           name of the distance ("FD-random-2k", with the Inception weights "FID-50k"),
@@ -2123,7 +2115,7 @@ def distance_reference(images, held_out, network, features, count, part="held-ou
     if part == "train":
         real, other = images, held_out[:count]
     if len(real) < 640:
-        print(f"no distance: {len(real)} {part} images are too few, 640 are needed")
+        print(f"no distance: {len(real)} {part} images are too few, below 640")
         return None
     kind = "FID" if features == "inception" else f"FD-{features}"
     number = f"{count // 1000}k" if count % 1000 == 0 else count
@@ -2171,7 +2163,7 @@ def mac_positions(model, *inputs):
     model(*inputs)
     missing = sorted({*first.values()} - found.keys())
     if missing:
-        raise ValueError(f"MACs of {missing} are unknown: no call of their layer was seen")
+        raise ValueError(f"no MACs of {missing}: no call of their layer")
     return dict(found)
 
 def flat_positions(nets, size, channels):
@@ -2190,9 +2182,8 @@ def training_macs(
     history    [[step, {weight: number kept from then on}, [networks of dense gradients read]], ...]
     positions  of mac_positions, sizes {name: weights}; a weight without a mask counts whole
     n_critic   steps of D per step of G and g_batch, G's batch; 0: no GAN
-    A backward costs two forwards, or one for the input alone. paper=True: Wang et al.'s code leaves
-    out D's fake half and input gradient, the ratio and dense gradients and has n_critic twice for D
-    (and biases and norms, not here: + 0.15 %)."""
+    A backward costs two forwards, or one for the input alone. paper: Wang et al.'s code leaves out
+    D's fake half and input gradient, ratios, dense gradients, and has n_critic twice for D."""
     B, B_G, total = batch_size, g_batch, 0
     B_D, paper = n_critic * B, paper and n_critic  # theirs is for GANs
 
