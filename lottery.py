@@ -1333,7 +1333,7 @@ def iterative_magnitude_pruning(
     train_fn     (name, nets, masks, start, after_step, state) -> anything; trains `nets` in place
                  from step `start`, calls after_step(steps done, out), checkpoints `state` too
     densities    share kept after each round, falling, see round_densities
-    rewind_step  where weights and buffers go back to; data and learning rate go on from there
+    rewind_step  weights and buffers go back to it, data and rate go on from it, optimizers are new
     prune        the roles that are pruned (names up to the first dot); None: all"""
     nets, state = make_nets(0), {}
 
@@ -1446,7 +1446,7 @@ def transfer_ticket(theta, masks, target, roles=None):
 Chain = collections.namedtuple("Chain", "conv norm consumers")
 
 def channel_chains(model):
-    """The Chains of any model of our encoders, decoders, blocks, or torchvision's BasicBlock."""
+    """The Chains of any model of our encoders, decoders, blocks or torchvision's (not Bottleneck)."""
     chains = []
     for path, module in model.named_modules():
         found = []
@@ -1482,7 +1482,7 @@ def channel_masks(model, fraction, chains, scope="global"):
     return {conv: mask.bool() for conv, mask in masks.items()}
 
 def mask_distance(a, b):
-    """Share of channels in which two masks differ: 2 p (1 - p) at random, little near p = 0 or 1."""
+    """Share of channels in which two masks differ; at random 2 p (1 - p): little near p = 0, 1."""
     differ = sum(int((a[conv] != b[conv]).sum()) for conv in a)
     return differ / sum(map(len, a.values()))
 
@@ -1627,7 +1627,7 @@ def two_layer_ddst(steps=1500, every=20, low=0.45, high=0.55, seed=0):
         out = gan_step(G, D, adam, real[None], z_D[None], z_G, masks=split)
         now = measure_balance(G, D, real, z_G, out["fake"])
         window = [*window, now][-2 * every :]
-        if step % every == 0:  # G: as many grow
+        if step % every == 0:  # G: an exchange
             exchange = int(drop_share(step, steps) * kept(split["G"]))
             move("G", exchange, exchange)
         if step % (2 * every) == 0:  # D: denser or sparser
@@ -1957,7 +1957,7 @@ def elastic_ticket(theta, masks, target, maps):
     fresh = [n for n, v in target.items() if theta.get(n, v).shape != v.shape]
     for name in fresh:
         if not re.search(r"\bfc\.\w+$", name):
-            raise ValueError(f"{name} is {[*theta[name].shape]} in the ticket")
+            raise ValueError(f"{name} is of another shape in the ticket")
         theta[name] = target[name].clone()
         if name in masks:
             masks[name] = torch.ones_like(theta[name])
@@ -2106,7 +2106,7 @@ def accuracy(net, images, labels, size=500):
     return right / len(images)
 
 def distance_reference(images, held_out, network, features, count, part="held-out"):
-    """What `count` images are compared with, a dict; None below 640 real ones: mostly bias.
+    """What `count` images are compared with; None below 640 real ones, 10 x 64 features: mere bias.
     images, held_out  uint8 (N, c, S, S); features: the name of `network`
     part              "train", as FIDs are published; "held-out": `count` of those, stricter
     columns           name of the distance ("FD-random-2k", with the Inception weights "FID-50k"),
@@ -2179,7 +2179,7 @@ def training_macs(
     history, steps, positions, sizes, batch_size, n_critic=0, g_batch=0, ratio_every=0, paper=False
 ):
     """MACs of a whole training with moving masks, an int.
-    history    [[step, {weight: number kept from then on}, [networks of dense gradients read]], ...]
+    history    [[from step, {weight: number kept}, [networks whose dense gradient was read]], ...]
     positions  of mac_positions, sizes {name: weights}; a weight without a mask counts whole
     n_critic   steps of D per step of G and g_batch, G's batch; 0: no GAN
     A backward costs two forwards, or one for the input alone. paper: Wang et al.'s code leaves out
