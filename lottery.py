@@ -1446,7 +1446,7 @@ def transfer_ticket(theta, masks, target, roles=None):
 Chain = collections.namedtuple("Chain", "conv norm consumers")
 
 def channel_chains(model):
-    """The Chains of any model of our encoders, decoders, blocks or torchvision's (not Bottleneck)."""
+    """Chains of any model of our encoders, decoders, blocks or torchvision's (not Bottleneck)."""
     chains = []
     for path, module in model.named_modules():
         found = []
