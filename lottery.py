@@ -2109,8 +2109,7 @@ def distance_reference(images, held_out, network, features, count, part="held-ou
     """What `count` images are compared with; None below 640 real ones, 10 x 64 features: mere bias.
     images, held_out  uint8 (N, c, S, S); features: the name of `network`
     part              "train", as FIDs are published; "held-out": `count` of those, stricter
-    columns           name of the distance ("FD-random-2k", with the Inception weights "FID-50k"),
-                      reference, and floor: the distance of `count` real images of the other part"""
+    columns           its name ("FD-random-2k", "FID-50k"), reference, floor: that of real images"""
     real, other = held_out[:count], images[:count]
     if part == "train":
         real, other = images, held_out[:count]
