@@ -1956,8 +1956,9 @@ def elastic_ticket(theta, masks, target, maps):
     theta, masks = remap_blocks(theta, maps), remap_blocks(masks, maps)
     fresh = [n for n, v in target.items() if theta.get(n, v).shape != v.shape]
     for name in fresh:
+        old, new = tuple(theta[name].shape), tuple(target[name].shape)
         if not re.search(r"\bfc\.\w+$", name):
-            raise ValueError(f"{name} is of another shape in the ticket")
+            raise ValueError(f"the ticket's {name} is {old}, not {new}")
         theta[name] = target[name].clone()
         if name in masks:
             masks[name] = torch.ones_like(theta[name])
