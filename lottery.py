@@ -1350,7 +1350,7 @@ def iterative_magnitude_pruning(
         weights = {n: w.abs() for n, w in prunable_parameters(pruned).items()}
         masks = prune_masks(weights, share, masks, scope, keep_best=True)  # prune
         nets.load_state_dict(theta)  # rewind
-        apply_masks_(nets, masks)
+        apply_masks_(nets, masks)  # before the first forward
         name = f"round-{k:02}"
         results = {"ticket": train_fn(name, nets, masks, rewind_step, None, {})}  # retrain
         if controls:
@@ -1453,7 +1453,7 @@ def channel_chains(model):
         theirs = "torchvision.models.resnet.Basic" in str(type(module))
         if isinstance(module, (Encoder, Decoder)):
             convs = [n.removesuffix(".weight") for n, _ in prunable_modules(module)]
-            norms = [f"norms.{i}" for i in range(4)]
+            norms = [f"norms.{i}" for i in range(len(module.norms))]
             found = zip(convs, norms, convs[1:])
         elif isinstance(module, (UpBlock, DownBlock)):
             if isinstance(module.norm2, nn.BatchNorm2d):
@@ -1584,6 +1584,7 @@ def load_model(path, device="cpu"):
             nets = build(s["model"], *size, classes=s["classes"])
         chains = channel_chains(nets)
         gammas = gammas_of(nets, chains)
+        # as many channels as the file has
         counts = {c.conv: len(weights[f"{c.norm}.weight"]) for c in chains}
         masks = {conv: torch.arange(len(g)) < counts[conv] for conv, g in gammas.items()}
         if any(not mask.all() for mask in masks.values()):
@@ -1625,12 +1626,12 @@ def two_layer_ddst(steps=1500, every=20, low=0.45, high=0.55, seed=0):
         real = x[batch_index(len(x), 64 * step, 64, seed)]
         z_D, z_G = (latents(64, 16, seed, step, role) for role in ("D", "G"))
         out = gan_step(G, D, adam, real[None], z_D[None], z_G, masks=split)
-        now = measure_balance(G, D, real, z_G, out["fake"])
+        now = measure_balance(G, D, real, z_G, out["fake"])  # what G won back
         window = [*window, now][-2 * every :]
-        if step % every == 0:  # G: an exchange
+        if step % every == 0:  # G: the smallest weights go, as many grow
             exchange = int(drop_share(step, steps) * kept(split["G"]))
             move("G", exchange, exchange)
-        if step % (2 * every) == 0:  # D: denser or sparser
+        if step % (2 * every) == 0:  # D: denser when too weak, sparser when too strong
             ratio, count = smoothed_ratio(window), kept(split["D"])
             _, wanted = controller(ratio, count, low, high, **limits)
             move("D", max(0, count - wanted), max(0, wanted - count))
@@ -1674,7 +1675,7 @@ def drop_and_grow_(
     keep |= keep_top(torch.where(keep, -math.inf, score), grow)
     grown = split_like(keep & ~was, masks)
     for name, part in split_like(keep, masks).items():
-        masks[name].copy_(part)
+        masks[name].copy_(part)  # in place: whoever holds the mask sees the change
         weights[name].data.mul_(part)
     return {name: part.bool() for name, part in grown.items()}, drop, grow
 
@@ -1722,13 +1723,14 @@ def balance_ratio(d_real, d_fake_before, d_fake_after):
     most 1e-3 standard deviations of the logits has no sign, and its inverse would swamp a mean."""
     before = d_fake_before.mean()
     gain, gap = d_fake_after.mean() - before, d_real.mean() - before
-    spread = torch.cat([d_real, d_fake_before]).std()
+    spread = torch.cat([d_real.flatten(), d_fake_before.flatten()]).std()
     return float(gain) / float(gap) if gap > 1e-3 * spread else math.nan
 
 def smoothed_ratio(window):
     """Balance ratio over a list of (gain, gap, spread): (sum of gains) / (sum of gaps). NaN for [].
     Paper: the mean of the ratios, which single gaps near 0 carry (3.94 where the median was .30).
-    Measurements without a lead of D are left out; when most are, G is far ahead: +inf, D grows."""
+    Measurements without a lead of D are left out; when most are, G is far ahead, and the answer is
+    +inf: to wait for good ones would stall in the very collapse that DDST shall prevent."""
     good = [m for m in window if m[1] > 1e-3 * m[2] and math.isfinite(m[0])]
     if not window:
         return math.nan
@@ -1894,7 +1896,7 @@ def block_map(source, target, order="append"):
         groups = block_map(target, source, order)
         return [groups.index(block) for block in range(target)]
     units = range(1, source)
-    times, more = divmod(target - 1, len(units))
+    times, more = divmod(target - 1, len(units))  # `more` units once more
     copies = [*units] * (times - 1) + [*units[:more]]
     if order == "interpolate":
         return sorted([0, *units, *copies])
