@@ -1218,11 +1218,10 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def scoring(*models):
-    """`untouched`, and scores that depend on weights and data alone. Batch norm takes statistics of
-    the batch (running ones may be empty), all else is in eval mode, and spectral norm's vectors
-    are settled, then still: scores would depend on what the last forward left. Of the kernels of
-    attention only the plain one has the second derivative."""
-    plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    """`untouched`, and scores of weights and data alone, not of what the last forward left. Batch
+    norm takes statistics of the batch, all else is in eval mode; spectral norms are settled first
+    and rest. Of the kernels of attention only the plain one has a second derivative."""
+    plain = nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)
     with untouched(*models), torch.enable_grad(), torch.random.fork_rng([]), plain:
         for layer in nn.ModuleList(models).modules():
             layer.training = isinstance(layer, nn.modules.batchnorm._BatchNorm)
@@ -1233,14 +1232,15 @@ def settle_spectral_norms_(model):
     """Iterate spectral norms' vectors 30 times from a fixed start, for the weights as they are."""
     for weight in model.modules():
         listed = isinstance(weight, nn.utils.parametrize.ParametrizationList)
-        if listed and hasattr(weight[0], "_u"):
-            norm = weight[0]
-            matrix = norm._reshape_weight_to_matrix(weight.original.detach())
-            start = rng(0, 0, "spectral norm")
-            norm._u.copy_(torch.randn(len(matrix), generator=start))
-            for _ in range(30):
-                norm._v.copy_(F.normalize(matrix.T @ norm._u, dim=0))
-                norm._u.copy_(F.normalize(matrix @ norm._v, dim=0))
+        norm = weight[0] if listed else None
+        if not hasattr(norm, "_u"):
+            continue
+        matrix = norm._reshape_weight_to_matrix(weight.original.detach())
+        start = rng(0, 0, "spectral norm")
+        norm._u.copy_(torch.randn(len(matrix), generator=start))
+        for _ in range(30):
+            norm._v.copy_(F.normalize(matrix.T @ norm._u, dim=0))
+            norm._u.copy_(F.normalize(matrix @ norm._v, dim=0))
 
 def score_magnitude(model):
     """|w|: the baseline that ignores the data, which a score that looks at data has to beat."""
@@ -1261,12 +1261,11 @@ def score_snip(model, loss, batches=1):
 
 def score_grasp(model, loss, batches=1):
     """GraSP: w (H g), how much of the squared gradient norm |g|^2 goes with the weight; H is the
-    Hessian of the loss. Wang, Zhang & Grosse 2020. Arguments see score_snip.
-    First g, summed over the batches. Then per batch the derivative of stop(g) . g_batch, which is
-    H_batch g; without the stop 2 H g comes out. Mind the sign: the paper scores S = -w (H g) and
-    removes the LARGEST S. The other end, or an absolute value, prunes what carries the gradient.
-    For a classifier the paper divides the logits by 200 inside the loss, in both passes:
-    probabilities become nearly equal, and the ranking changes, also its signs."""
+    Hessian of the loss. Wang, Zhang & Grosse 2020. Arguments see score_snip. First g, summed over
+    the batches; then per batch the derivative of stop(g) . g_batch: H_batch g (else 2 H_batch g).
+    Mind the sign: the paper scores S = -w (H g) and removes the LARGEST S. The other end, or an
+    absolute value, prunes what carries the gradient. For a classifier the paper divides the logits
+    by 200 inside the loss, in both passes: the ranking changes, also its signs."""
     weights = prunable_parameters(model)
     tensors = list(weights.values())
     sums = [torch.zeros_like(w) for w in tensors]
@@ -1340,8 +1339,7 @@ def two_layer_tickets(rounds=8, rate=0.2, steps=500, seed=0):
         results.append((density(masks), ticket, random))
     return results
 
-# masks flat, {} in round 0, the dense training; theta: dense state dict at the rewind step; results
-# of train_fn: "ticket", and of its controls "random" and "shuffled".
+# masks flat, {} in round 0; theta dense, at the rewind step; results of train_fn, "ticket" first.
 Round = collections.namedtuple("Round", "number masks theta results")
 
 def iterative_magnitude_pruning(
@@ -1353,8 +1351,7 @@ def iterative_magnitude_pruning(
     train_fn     (name, nets, masks, start, after_step, state) -> anything; trains `nets` in place
                  from step `start`, calls after_step(steps done, out), checkpoints `state` too
     densities    share kept after each round, falling, see round_densities
-    rewind_step  k: survivors and buffers go back to step k of the dense training, learning rate
-                 and data go on from there, optimizers start fresh
+    rewind_step  weights and buffers go back to it, data and rate go on from it, optimizers are new
     prune        the roles that are pruned (names up to the first dot); None: all"""
     nets, state = make_nets(0), {}
 
@@ -1373,8 +1370,7 @@ def iterative_magnitude_pruning(
         nets.load_state_dict(theta)  # rewind
         apply_masks_(nets, masks)  # before the first forward
         name = f"round-{k:02}"
-        ticket = train_fn(name, nets, masks, rewind_step, None, {})  # retrain
-        results = {"ticket": ticket}
+        results = {"ticket": train_fn(name, nets, masks, rewind_step, None, {})}  # retrain
         if controls:
             given = theta, masks, rewind_step, k, seed
             results |= train_controls(name, make_nets, train_fn, *given)
@@ -1416,9 +1412,8 @@ def verdict(dense, ticket, random=None, higher=False):
 
 def choose_round(verdicts):
     """Place of the sparsest winning round among verdicts, else matching one, else the last."""
-    rank = {"wins": 2, "matches": 1}
-    ranks = [(rank.get(word, 0), k) for k, word in enumerate(verdicts)]
-    return max(ranks)[1]
+    ranks = [(word == "wins", word == "matches", k) for k, word in enumerate(verdicts)]
+    return max(ranks)[-1]
 
 def save_ticket(path, theta, masks, settings, number, metrics):
     """A ticket file: the dense weights at the rewind step, the masks (bool), and their origin."""
@@ -1442,25 +1437,21 @@ def transfer_ticket(theta, masks, target, roles=None):
     """A ticket into another model: decoder <-> generator, encoder <-> discriminator. Kalibhat 2021.
     target: state dict of the fresh target, left alone; roles: its networks that receive, None: all
     Returns (theta, masks, names received): same name and shape in the role; the rest is fresh."""
-    kin = {"G": "decoder", "decoder": "G", "D": "encoder", "encoder": "D"}
+    kin = dict(G="decoder", decoder="G", D="encoder", encoder="D")
     new = {n: v.clone() for n, v in target.items()}
     new_masks, received = {}, []
     for role in roles or sorted({n.split(".")[0] for n in target}):
         source = role if of_role(theta, role) else kin.get(role)
-        given, given_masks = of_role(theta, source), of_role(masks, source)
-        weights = 0
-        for name, v in of_role(target, role).items():
-            own = f"{role}.{name}"
-            if name in given and given[name].shape == v.shape:
-                new[own] = given[name].clone()
-                received.append(own)
-                weights += v.dim() > 1
-                if name in given_masks:
-                    new_masks[own] = given_masks[name].clone()
-        if not weights:
+        given = {f"{role}.{n}": v for n, v in of_role(theta, source).items()}
+        pruned = {f"{role}.{n}": m for n, m in of_role(masks, source).items()}
+        fits = [n for n in target if n in given and given[n].shape == target[n].shape]
+        if not any(target[n].dim() > 1 for n in fits):
             raise ValueError(f"no weight in the shape of one in {role}")
+        received += fits
+        new |= {n: given[n].clone() for n in fits}
+        new_masks |= {n: pruned[n].clone() for n in fits if n in pruned}
     if not new_masks:
-        raise ValueError("the ticket prunes nothing that these can receive")
+        raise ValueError("the ticket prunes nothing that these have")
     return new, new_masks, received
 
 # ==================================================================================================
@@ -1468,14 +1459,12 @@ def transfer_ticket(theta, masks, target, roles=None):
 #    what is left is smaller and faster on any hardware. You et al. 2020; generative models: [1].
 #    Try: len(channel_chains(build("dcgan", width=0.1))) -> 8
 
-# Channels that can be cut, by module names: `conv` makes them, `norm` scales them, `consumers` read
-# them. In between each channel must go its own way and 0 must stay 0: ReLU, pooling, upsampling,
-# flatten. So a residual sum, to which other layers add, is in no chain.
+# Channels that can be cut, by module names: `conv` makes, `norm` scales, `consumers` read them. In
+# between each goes its own way and 0 stays 0 (ReLU, pooling, flatten): a residual sum is in none.
 Chain = collections.namedtuple("Chain", "conv norm consumers")
 
 def channel_chains(model):
-    """The Chains of any model of our Encoder, Decoder, UpBlock, DownBlock, BasicBlock or
-    torchvision's BasicBlock (not Bottleneck). Residual sums, layers without batch norm: in none."""
+    """Chains of any model of our encoders, decoders, blocks or torchvision's (not Bottleneck)."""
     chains = []
     for path, module in model.named_modules():
         found = []
@@ -1496,8 +1485,7 @@ def channel_chains(model):
 
 def gammas_of(model, chains):
     """{chain's conv: |scale of its batch norm|, (C,)}"""
-    norms = {c.conv: model.get_submodule(c.norm) for c in chains}
-    return {conv: norm.weight.detach().abs() for conv, norm in norms.items()}
+    return {c.conv: model.get_parameter(f"{c.norm}.weight").detach().abs() for c in chains}
 
 def channel_masks(model, fraction, chains, scope="global"):
     """{chain's conv: bool (C,), True: kept}: the round(fraction x channels) of largest |scale|. The
@@ -1512,8 +1500,7 @@ def channel_masks(model, fraction, chains, scope="global"):
     return {conv: mask.bool() for conv, mask in masks.items()}
 
 def mask_distance(a, b):
-    """Share of channels in which two channel masks differ, 0..1. Two random masks that keep a share
-    p differ in 2 p (1 - p): near p = 0 or 1 a small distance says nothing."""
+    """Share of channels in which two masks differ; at random 2 p (1 - p): little near p = 0, 1."""
     differ = sum(int((a[conv] != b[conv]).sum()) for conv in a)
     return differ / sum(map(len, a.values()))
 
@@ -1529,7 +1516,7 @@ def watch_channels(nets, chains, fraction, scope, epoch, steps, state):
     channel masks into state["channels"], the newest last, once scales have moved from their start,
     where they rank nothing. It ends the training at an early bird, or after half of `steps`."""
     def scales():
-        return torch.cat(list(gammas_of(nets, chains).values()))
+        return torch.cat([*gammas_of(nets, chains).values()])
 
     start = scales()
     state.setdefault("channels", [])
@@ -1542,8 +1529,7 @@ def watch_channels(nets, chains, fraction, scope, epoch, steps, state):
             state["channels"] = [*state["channels"], masks][-5:]
         if due:
             state["found"], distances = early_bird(state["channels"])
-            largest = max(distances, default=1.0)
-            state.setdefault("log", {})["mask_distance"] = largest
+            state.setdefault("log", {})["mask_distance"] = max(distances, default=1.0)
         return late or state.get("found", False)
 
     return after_step
@@ -1561,13 +1547,13 @@ def check_chains(model, chains):
         first, last = order.index(chain.norm), order.index(ends[1])
         for name in (*ends, *order[first:last]):
             layer = model.get_submodule(name)
-            sizes = [p.numel() for p in layer.parameters(recurse=False)]
+            numbers = sum(p.numel() for p in layer.parameters(recurse=False))
             fits = isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear))
             fits = fits and getattr(layer, "groups", 1) == 1
             if name in ends:
                 fits = fits and owners[id(layer.weight)] == 1
             else:
-                fits = fits or isinstance(layer, norms) or max(sizes, default=0) < 2
+                fits = fits or isinstance(layer, norms) or numbers < 2
             if not fits:
                 raise ValueError(f"{name} cannot be cut beside {chain.norm}")
 
@@ -1607,23 +1593,22 @@ def slim(model, masks, chains):
     return small
 
 def load_model(path, device="cpu"):
-    """(networks, the file's dict) from a model.pt: nn.ModuleDict in eval mode, masked, a GAN's G
-    with its averaged weights. Runs no code from the file."""
+    """(networks in eval mode, the file's dict) of a model.pt: masked, G averaged. Runs no code."""
     saved = load_torch(path, device)
     with reading(path):
         s, weights = saved["settings"], saved["weights"]
         size = s["image_size"], s["channels"], s["width"], s.get("z")
         with torch.device("meta"):  # shapes are compared first
             nets = build(s["model"], *size, classes=s["classes"])
-        masks, chains = {}, channel_chains(nets)
-        for chain in chains:  # as many channels as the file has
-            name = f"{chain.norm}.weight"
-            channels = torch.arange(len(nets.get_parameter(name)))
-            masks[chain.conv] = channels < len(weights[name])
+        chains = channel_chains(nets)
+        gammas = gammas_of(nets, chains)
+        # as many channels as the file has
+        counts = {c.conv: len(weights[f"{c.norm}.weight"]) for c in chains}
+        masks = {conv: torch.arange(len(g)) < counts[conv] for conv, g in gammas.items()}
         if any(not mask.all() for mask in masks.values()):
             nets = slim(nets, masks, chains)
         empty = nets.state_dict()
-        check_shapes({name: weights[name] for name in empty}, empty)
+        check_shapes(weights, empty)
         check_shapes(saved["masks"], empty)
         nets.to_empty(device=device).load_state_dict(weights)
         apply_masks_(nets, {n: m.float() for n, m in saved["masks"].items()})
@@ -1664,7 +1649,7 @@ def two_layer_ddst(steps=1500, every=20, low=0.45, high=0.55, seed=0):
         if step % every == 0:  # G: the smallest weights go, as many grow
             exchange = int(drop_share(step, steps) * kept(split["G"]))
             move("G", exchange, exchange)
-        if step % (2 * every) == 0:  # D: denser when it is too weak, sparser when too strong
+        if step % (2 * every) == 0:  # D: denser when too weak, sparser when too strong
             ratio, count = smoothed_ratio(window), kept(split["D"])
             _, wanted = controller(ratio, count, low, high, **limits)
             move("D", max(0, count - wanted), max(0, wanted - count))
@@ -1676,8 +1661,7 @@ def drop_and_grow_(
 ):
     """Prune the `drop` smallest kept weights, then keep `grow` more, in one pool; in place.
     weights, masks, gradients   {name: tensor}; stored weights are masked, gradients are dense
-    how           "gradient": grow where |gradient| is largest (RigL, Evci et al. 2020);
-                  "random": anywhere (SET, Mocanu et al. 2018), drawn from `generator`
+    how           "gradient": grow where it is largest (RigL); "random": by `generator` (SET)
     output_dim    {name: dimension of the output units}, 0 if not given (transposed: 1)
     New weights start at 0; what was just dropped may grow back, and keeps its value. The largest
     kept weight of an output row stays: spectral norm of an empty layer is 0/0. Gradients of exactly
@@ -1689,19 +1673,19 @@ def drop_and_grow_(
     magnitude, was = flat(weights).abs(), flat(masks) != 0
     dims, safe = output_dim or {}, {}
     for name, mask in masks.items():
-        safe[name] = row_largest(weights[name].detach(), mask, dims.get(name, 0))
+        safe[name] = row_largest(weights[name], mask, dims.get(name, 0))
     may_drop = was & ~flat(safe)
-    short = max(0, drop - int(torch.count_nonzero(may_drop)))
+    short = max(0, drop - int(may_drop.sum()))
     drop, grow = drop - short, max(0, grow - short)  # an exchange keeps its count
     dropped = keep_top(torch.where(may_drop, -magnitude, -math.inf), drop)
     keep = was & ~dropped
-    grow = min(grow, int(torch.count_nonzero(~keep)))
+    grow = min(grow, int((~keep).sum()))
     score = torch.zeros_like(magnitude)
     if grow and how == "gradient":
         score = flat(gradients).abs()
         if not torch.isfinite(score).all():
-            raise FloatingPointError("a gradient by which weights would grow is not finite")
-    if grow and int(torch.count_nonzero((score > 0) & ~keep)) < grow:
+            raise FloatingPointError("a gradient to grow by is not finite")
+    if grow and int(((score > 0) & ~keep).sum()) < grow:
         rest = torch.rand(len(keep), generator=generator).to(keep.device)  # in [0, 1)
         if how == "gradient":
             rest = torch.where(dropped, 1 + magnitude, rest)
@@ -1726,25 +1710,23 @@ def seed_optimizer_state_(optimizer, weights, grown, gradients):
     0 there Adam's first step could be lr / sqrt(1 - beta2), 31 times too long."""
     for name, new in grown.items():
         square = gradients[name] ** 2
-        starts = {"exp_avg": 0.0, "momentum_buffer": 0.0}
-        starts |= {"exp_avg_sq": square, "square_avg": square}
+        starts = dict(exp_avg=0.0, momentum_buffer=0.0)
+        starts |= dict(exp_avg_sq=square, square_avg=square)
         for key, value in optimizer.state.get(weights[name], {}).items():
-            if key in starts and value is not None:
+            if key in starts:
                 value.copy_(torch.where(new, starts[key], value))
 
 def update_masks_(nets, role, optimizer, masks, drop, grow, how, generator):
-    """drop_and_grow_ on the masks of one network, and its optimizer's state; by the gradients that
-    are there. Returns whether a dense gradient was read, for the MACs."""
+    """drop_and_grow_ for a network and its optimizer; True if it read dense gradients, for MACs."""
     weights, dims = {}, {}
     for short, module in prunable_modules(nets[role]):
         name = f"{role}.{short}"
         if name in masks:
             weights[name] = nets.get_parameter(name)
-            dims[name] = int(getattr(module, "transposed", False))  # (in, out, kh, kw)
+            dims[name] = int(getattr(module, "transposed", False))
     own = {name: masks[name] for name in weights}
     gradients = {name: w.grad for name, w in weights.items()}
-    how_many = drop, grow, how, generator, dims
-    grown, _, grow = drop_and_grow_(weights, own, gradients, *how_many)
+    grown, _, grow = drop_and_grow_(weights, own, gradients, drop, grow, how, generator, dims)
     seed_optimizer_state_(optimizer, weights, grown, gradients)
     return bool(grow) and how == "gradient"
 
@@ -1757,8 +1739,8 @@ def balance_ratio(d_real, d_fake_before, d_fake_after):
     BR = (D(G'(z)) - D(G(z))) / (D(x) - D(G(z)))      same z, D after its own step, raw logits
     Wang et al. 2023. Unchanged under D -> a D + b for a > 0. NaN when D is not ahead: a gap of at
     most 1e-3 standard deviations of the logits has no sign, and its inverse would swamp a mean."""
-    gain = d_fake_after.mean() - d_fake_before.mean()
-    gap = d_real.mean() - d_fake_before.mean()
+    before = d_fake_before.mean()
+    gain, gap = d_fake_after.mean() - before, d_real.mean() - before
     spread = torch.cat([d_real.flatten(), d_fake_before.flatten()]).std()
     return float(gain) / float(gap) if gap > 1e-3 * spread else math.nan
 
@@ -1797,10 +1779,9 @@ def measure_balance(G, D, real, z, fake, amp=False):
 
 def controller(ratio, count, low, high, change, floor, cap, total):
     """DDST's decision for D: (action, weights D shall keep), all in whole weights.
-    ratio at least `high`, D too weak   "grow" by `change`, up to the cap; at it "explore" (drop and
-                                        grow at constant count) if it is below `total` (strict)
-    ratio at most `low`, D too strong   "drop" by `change`, down to the floor
-    otherwise, or NaN                   "hold"
+    ratio >= high, D too weak    "grow" by `change` to the cap, there "explore" if below `total`
+    ratio <= low, D too strong   "drop" by `change`, down to the floor
+    otherwise, or NaN            "hold"; "explore" is an exchange at constant count
     Counts, not densities: .1 + 8 x .05 is not .5 in floats; the authors' test for it misses."""
     if ratio >= high and count < cap:
         return "grow", min(cap, count + change)
@@ -1818,17 +1799,15 @@ def control_counts(masks, max_density, change=0.05, floor=0.05):
     return dict(change=change, floor=floor, cap=cap, total=total)
 
 def gan_schedule(steps, update_every=None, strict=False):
-    """Steps between updates of G's mask, between decisions on D, the window of the balance ratio,
-    the first step at which D may change, and steps between balance ratios.
-    The paper's 500, 1,000 (strict: 2,000), 1,000, 1,000 and 10 of 100,000 steps, scaled with the
-    run. At least 20: new weights need time to grow past the magnitude that would drop them. A
-    decision rests on at least 20 ratios, or on one a step: by 4, one in seven went wrong. In runs
-    under 20,000 steps D stays for 5 % of them: at first it is far ahead and would be cut."""
+    """Steps between updates of G's mask, between decisions on D, the window of the ratio, the first
+    step at which D may change, steps between ratios. The paper's 500, 1,000 (strict: 2,000), 1,000,
+    1,000, 10 of 100,000, scaled with the run. At least 20: new weights need time to grow past what
+    would drop them. A decision rests on 20 ratios, or on one a step: by 4, one in seven went wrong.
+    In runs under 20,000 steps D stays for 5 %: at first it is far ahead and would be cut."""
     every = update_every or max(20, steps // 200)
     every_D, window = (4 if strict else 2) * every, 2 * every
-    first = every_D
-    if steps < 20_000:
-        first = max(every_D, math.ceil(0.05 * steps))
+    rest = 0.05 * steps if steps < 20_000 else 0
+    first = max(every_D, math.ceil(rest))
     every_G = 0 if update_every == 0 else every
     return every_G, every_D, window, first, max(1, min(10, window // 20))
 
@@ -1898,17 +1877,14 @@ def dynamic_layers(
     def after_step(step, out):
         if not update_every or step % update_every or step >= end:
             return
-        read_dense_gradient = set()
+        read = set()
         for name, mask in masks.items():
             one, role = {name: mask}, name.split(".")[0]
-            if density(one) == 1:  # nothing to exchange
-                continue
             n = int(drop_share(step, end, 0.3, 0.0) * kept(one))
-            chance = rng(seed, step, f"grow {name}")
-            given = optimizers[role], one, n, n, how, chance
-            if update_masks_(nets, role, *given):
-                read_dense_gradient.add(role)
-        state["history"].append([step, counts_of(masks), sorted(read_dense_gradient)])
+            given = optimizers[role], one, n, n, how, rng(seed, step, f"grow {name}")
+            if density(one) < 1 and update_masks_(nets, role, *given):
+                read.add(role)
+        state["history"].append([step, counts_of(masks), sorted(read)])
 
     return after_step
 
@@ -1917,8 +1893,7 @@ def role_densities(nets, masks):
     shares = {}
     for role, net in nets.items():
         total = sum(w.numel() for w in prunable_parameters(net).values())
-        own = of_role(masks, role)
-        pruned = sum(m.numel() for m in own.values()) - kept(own)
+        pruned = sum(int((m == 0).sum()) for m in of_role(masks, role).values())
         shares[f"density_{role}"] = (total - pruned) / total
     return shares
 
@@ -1951,12 +1926,13 @@ def residual_blocks(names):
     """([blocks per stage], {name: (stage, block, before, after)}) of a ResNet of basic blocks. A
     name is before + number + after, "net.blocks.4.conv1.weight" (CIFAR, counted through three equal
     stages) or "layer2.1.downsample.0.weight" (torchvision); stem and head are left out."""
+    wanted = "of a ResNet of basic blocks in equal stages"
     inside = r"(.*\b(?:blocks|layer(\d))\.)(\d+)(\..*)"
     matches = [re.fullmatch(inside, name) for name in names]
     found = {m[0]: m.groups() for m in matches if m}
     cifar = {block for _, stage, block, _ in found.values() if not stage}
     if not found or len(cifar) % 3:
-        raise ValueError("not the tensors of a ResNet of basic blocks in equal stages")
+        raise ValueError(f"not {wanted}")
     places, stages = {}, collections.defaultdict(set)
     for name, (before, stage, block, after) in found.items():
         stage, block = int(stage or 1) - 1, int(block)
@@ -1964,7 +1940,7 @@ def residual_blocks(names):
             stage, block = divmod(block, len(cifar) // 3)
         kinds = "conv1 bn1 conv2 bn2" + " shortcut downsample" * (block == 0)
         if after.split(".")[1] not in kinds.split():
-            raise ValueError(f"{name} is not of a ResNet of basic blocks in equal stages")
+            raise ValueError(f"{name} is not {wanted}")
         places[name] = stage, block, before, after
         stages[stage].add(block)
     return [len(stages[stage]) for stage in sorted(stages)], places
@@ -1973,8 +1949,7 @@ def remap_blocks(tensors, maps):
     """A dict of tensors (weights and statistics, or masks) for another depth: target block t of
     stage s is source block maps[s][t], the rest is taken one to one. Copies, without rescaling."""
     counts, places = residual_blocks(tensors)
-    pairs = zip(maps, counts)
-    fits = [b[:1] == [0] and {*b[1:]} <= {*range(1, n)} for b, n in pairs]
+    fits = [b[:1] == [0] and {*b[1:]} <= {*range(1, n)} for b, n in zip(maps, counts)]
     if len(maps) != len(counts) or not all(fits):
         raise ValueError(f"{maps} do not fit stages of {counts} blocks")
     out = {}
@@ -2000,17 +1975,14 @@ def elastic_ticket(theta, masks, target, maps):
     """(theta, masks, fresh): remap_blocks of a ticket, to fit the state dict `target`. A last layer
     for other classes is the target's, dense, and in `fresh`. Batch norm's statistics do not fit."""
     theta, masks = remap_blocks(theta, maps), remap_blocks(masks, maps)
-    fresh = []
-    for name, value in target.items():
-        old, new = tuple(theta.get(name, value).shape), tuple(value.shape)
-        if old == new:
-            continue
+    fresh = [n for n, v in target.items() if theta.get(n, v).shape != v.shape]
+    for name in fresh:
+        old, new = tuple(theta[name].shape), tuple(target[name].shape)
         if not re.search(r"\bfc\.\w+$", name):
-            raise ValueError(f"the ticket does not fit: {name} is {old}, not {new}")
-        fresh.append(name)
-        theta[name] = value.clone()
+            raise ValueError(f"the ticket's {name} is {old}, not {new}")
+        theta[name] = target[name].clone()
         if name in masks:
-            masks[name] = torch.ones_like(value)
+            masks[name] = torch.ones_like(theta[name])
     return theta, masks, fresh
 
 # ==================================================================================================
@@ -2156,17 +2128,15 @@ def accuracy(net, images, labels, size=500):
     return right / len(images)
 
 def distance_reference(images, held_out, network, features, count, part="held-out"):
-    """What `count` generated images are compared with, a dict; None below 640 real images, ten
-    times the 64 features: with less a distance is mostly bias.
+    """What `count` images are compared with; None below 640 real ones, 10 x 64 features: mere bias.
     images, held_out  uint8 (N, c, S, S); features: the name of `network`
     part              "train", as FIDs are published; "held-out": `count` of those, stricter
-    columns           name of the distance ("FD-random-2k", with the Inception weights "FID-50k"),
-                      reference, and floor: the distance of `count` real images of the other part"""
+    columns           its name ("FD-random-2k", "FID-50k"), reference, floor: that of real images"""
     real, other = held_out[:count], images[:count]
     if part == "train":
         real, other = images, held_out[:count]
     if len(real) < 640:
-        print(f"no distance: {len(real)} {part} images are too few, 640 are needed")
+        print(f"no distance: {len(real)} {part} images are too few, below 640")
         return None
     kind = "FID" if features == "inception" else f"FD-{features}"
     number = f"{count // 1000}k" if count % 1000 == 0 else count
@@ -2180,8 +2150,7 @@ def measure(nets, held_out, truth, reference=None, seed=0):
     """{column: number} of networks for use: the metric that decides, and what stands beside it.
     held_out, truth  uint8 images (N, c, S, S) and labels; reference see distance_reference"""
     if "net" in nets:
-        right = accuracy(nets["net"], held_out, truth)
-        return dict(metric_name="accuracy", metric=right)
+        return dict(metric_name="accuracy", metric=accuracy(nets["net"], held_out, truth))
     numbers = {}
     if "encoder" in nets:
         error = reconstruction_error(nets, held_out)
@@ -2215,7 +2184,7 @@ def mac_positions(model, *inputs):
     model(*inputs)
     missing = sorted({*first.values()} - found.keys())
     if missing:
-        raise ValueError(f"MACs of {missing} are unknown: no call of their layer was seen")
+        raise ValueError(f"no MACs of {missing}: no call of their layer")
     return dict(found)
 
 def flat_positions(nets, size, channels):
@@ -2231,13 +2200,11 @@ def training_macs(
     history, steps, positions, sizes, batch_size, n_critic=0, g_batch=0, ratio_every=0, paper=False
 ):
     """MACs of a whole training with moving masks, an int.
-    history    [[step, {weight name: number kept}, [networks whose dense gradient was read]], ...]:
-               masks from that step on, and whose gradient that very step read to set them
+    history    [[from step, {weight: number kept}, [networks whose dense gradient was read]], ...]
     positions  of mac_positions, sizes {name: weights}; a weight without a mask counts whole
     n_critic   steps of D per step of G and g_batch, G's batch; 0: no GAN
-    A backward costs two forwards, or one for the input alone. paper=True: Wang et al.'s code leaves
-    out D's fake half and input gradient, the ratio and dense gradients and has n_critic twice for D
-    (and biases and norms, not here: + 0.15 %)."""
+    A backward costs two forwards, or one for the input alone. paper: Wang et al.'s code leaves out
+    D's fake half and input gradient, ratios, dense gradients, and has n_critic twice for D."""
     B, B_G, total = batch_size, g_batch, 0
     B_D, paper = n_critic * B, paper and n_critic  # theirs is for GANs
 
