@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -53,7 +54,7 @@ def import_torchvision():
     build for CUDA fails on two operators that nobody here calls; declaring them is enough."""
     try:
         import torchvision
-    except RuntimeError:  # "operator torchvision::nms does not exist"
+    except RuntimeError:  # no operator torchvision::nms
         schema = "(Tensor boxes, Tensor scores, float iou) -> Tensor"
         torch.library.define("torchvision::nms", schema)
         torch.library.define("torchvision::qnms", schema)
@@ -138,9 +139,9 @@ def decode_folder(folder, size, grey=False):
     cache = Path(f"{folder}-{size}{'-grey' * grey}-{digest}.npy")
     if cache.exists() and cache.stat().st_mtime > max(p.stat().st_mtime for p in paths):
         return torch.from_numpy(np.load(cache))
-    images = []
+    images, decode = [], functools.partial(decode_image, size=size, grey=grey)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for k, image in enumerate(pool.map(lambda p: decode_image(p, size, grey), paths), 1):
+        for k, image in enumerate(pool.map(decode, paths), 1):
             images += [] if image is None else [image]
             if k % 5000 == 0:
                 print(f"decoded {k:,} of {len(paths):,} images", flush=True)
@@ -190,7 +191,8 @@ def load_images(name, root="data", size=None, train=True, labelled=False, grey=F
     if folder is None:
         return load_torchvision_set(name, root, size, train, labelled)
     if not folder.is_dir():
-        raise ValueError(f"no folder {folder} (unzip img_align_celeba.zip?); sets: {[*DATASETS]}")
+        known = f"{[*DATASETS]} (celeba: unzip img_align_celeba.zip there)"
+        raise ValueError(f"no folder {folder}; a data set is a path or of {known}")
     images = decode_folder(folder, size, grey)
     n = len(images)
     order = torch.randperm(n, generator=rng(0, 0, "held-out split"))
@@ -253,11 +255,12 @@ class ImageStream(torch.utils.data.Dataset):
             return self.centre(self.read(place))
         i = int(batch_index(len(self), place, 1, self.seed))
         with torch.random.fork_rng([]):  # torchvision draws globally
-            torch.manual_seed(rng(self.seed, place // len(self), "augment", i).initial_seed())
+            chance = rng(self.seed, place // len(self), "augment", i)
+            torch.manual_seed(chance.initial_seed())
             return self.random(self.read(i))
 
     def load(self, lists, seed=None):  # a batch for each list of places
-        images = copy.copy(self)  # not self: collecting a cycle with a loader hangs
+        images = copy.copy(self)  # not self: a cycle with a loader hangs
         images.ahead, images.seed = None, seed
         how = dict(num_workers=self.workers, generator=torch.Generator())
         return iter(torch.utils.data.DataLoader(images, batch_sampler=lists, **how))
@@ -937,25 +940,26 @@ def average_ranks_(tensors):
     tensors, count = [t for t in tensors if t is not None], ranks()[1]
     if count > 1:
         flat = torch.cat([t.flatten() for t in tensors])
-        torch.distributed.all_reduce(flat)
-        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
-            t.copy_(total.view(t.shape) / count)
+        dist.all_reduce(flat)
+        sums = flat.split([t.numel() for t in tensors])
+        for t, total in zip(tensors, sums):
+            t.copy_(total.view_as(t) / count)
 
 def on_rank_0(function):
     """What function() returns on rank 0, on all ranks; the others wait."""
     box = [None if ranks()[0] else function()]
     if ranks()[1] > 1:
-        torch.distributed.broadcast_object_list(box, device="cpu")
+        dist.broadcast_object_list(box, device="cpu")
     return box[0]
 
-def check_ranks(named, step):
-    """FloatingPointError on a rank where one of [(name, tensor), ...] is not rank 0's, by the sum
-    of its bits as whole numbers."""
-    sums = [int(t.detach().flatten().view(torch.int32).sum()) for _, t in named]
-    for (name, _), own, first in zip(named, sums, on_rank_0(lambda: sums)):
-        if own != first:
-            where = f"on rank {ranks()[0]} and rank 0 at step {step}"
-            raise FloatingPointError(f"{name} or its mask is not the same {where}")
+def check_ranks(tensors, step):
+    """FloatingPointError on a rank where one of {name: tensor} is not rank 0's: a checksum, of its
+    bits as whole numbers."""
+    for name, t in tensors.items():
+        own = t.detach().flatten().view(torch.int32).sum().item()
+        if own != on_rank_0(lambda: own):
+            where = f"on rank {ranks()[0]} and on rank 0"
+            raise FloatingPointError(f"{name} differs {where} at step {step}")
 
 def make_optimizer(kind, net, lr, betas=(0.9, 0.999)):
     """Adam, RMSprop (betas[1]: smoothing) or SGD (betas[0]: momentum; weight decay 1e-4). On CUDA
@@ -971,7 +975,7 @@ def make_optimizer(kind, net, lr, betas=(0.9, 0.999)):
         optimizer = torch.optim.SGD(weights, rate, betas[0], **how)
     else:
         optimizer = torch.optim.RMSprop(weights, lr, alpha=betas[1], capturable=cuda)
-    optimizer.register_step_pre_hook(lambda *_: average_ranks_([p.grad for p in weights]))
+    optimizer.register_step_pre_hook(lambda *_: average_ranks_(p.grad for p in weights))
     optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are
     return optimizer
 
@@ -1117,7 +1121,7 @@ def load_torch(path, device="cpu"):
 def check_shapes(tensors, wanted):
     """ValueError unless each of {name: tensor} is real, finite and shaped as the wanted one."""
     for name, tensor in tensors.items():
-        stored = tensor.untyped_storage().nbytes()  # less if expanded: a copy fills the memory
+        stored = tensor.untyped_storage().nbytes()  # expanded: a copy fills memory
         fits = tensor.shape == wanted[str(name)].shape and tensor.nbytes <= stored
         if not fits or tensor.is_complex() or not tensor.isfinite().all():
             raise ValueError(f"{name} has another shape, or is not finite")
@@ -1196,7 +1200,7 @@ class Checkpoint:
             content["optimizers"] = {role: o.state_dict() for role, o in optimizers.items()}
         save_torch(path, content)
         self.written, self.good = time.perf_counter(), f"{path} (step {step})"
-        if self.agreed():  # which also waits for rank 0's files
+        if self.agreed():  # and rank 0's files are there
             said = f"stopped; the same command goes on from {self.good}"
             raise KeyboardInterrupt(self.stop or signal.SIGTERM, said)
         if finished:
@@ -1646,10 +1650,10 @@ def two_layer_ddst(steps=1500, every=20, low=0.45, high=0.55, seed=0):
         out = gan_step(G, D, adam, real[None], z_D[None], z_G, masks=split)
         now = measure_balance(G, D, real, z_G, out["fake"])  # what G won back
         window = [*window, now][-2 * every :]
-        if step % every == 0:  # G: the smallest weights go, as many grow
+        if step % every == 0:  # G: the smallest go, as many grow
             exchange = int(drop_share(step, steps) * kept(split["G"]))
             move("G", exchange, exchange)
-        if step % (2 * every) == 0:  # D: denser when too weak, sparser when too strong
+        if step % (2 * every) == 0:  # D: denser if too weak, else sparser
             ratio, count = smoothed_ratio(window), kept(split["D"])
             _, wanted = controller(ratio, count, low, high, **limits)
             move("D", max(0, count - wanted), max(0, wanted - count))
@@ -1693,7 +1697,7 @@ def drop_and_grow_(
     keep |= keep_top(torch.where(keep, -math.inf, score), grow)
     grown = split_like(keep & ~was, masks)
     for name, part in split_like(keep, masks).items():
-        masks[name].copy_(part)  # in place: whoever holds the mask sees the change
+        masks[name].copy_(part)  # in place: who holds the mask sees it
         weights[name].data.mul_(part)
     return {name: part.bool() for name, part in grown.items()}, drop, grow
 
@@ -2446,7 +2450,7 @@ def derive(s, given):
         "--grey reads folders only": s.grey and not image_folder(s.dataset),
         "pass --rounds or --density": given.keys() >= {"rounds", "density"},
         f"--rewind-step {start} is not before --steps": start >= s.steps,
-        f"--batch-size {B} is not {count} equal shares of 2 or more": B % count or B < 2 * count,
+        f"--batch-size {B} cannot be shared by {count} processes": B % count or B < 2 * count,
         f"--prune takes {roles}; got {s.prune}": not {*s.prune} <= {*roles},
         f"--density-D {s.density_D} is above its cap": s.density_D > s.max_density_D,
         f"--ratio-every is at most {most} with ddst": s.ratio_every > most,
@@ -2485,7 +2489,7 @@ def ticket_settings(given, method):
 def pick_device(name=None):
     """The device of that name, or the best there is, as text. ValueError when unavailable."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda":  # torchrun: one for each process of a machine
+    if name == "cuda":  # torchrun: one a process
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.zeros(1, device=name).device  # cpu:0 is cpu
@@ -2538,7 +2542,7 @@ class Run:
         s.data_images, held_out = len(self.images), len(self.held_out)
         if s.data_images < s.batch_size or not held_out:
             have = f"{s.data_images} images to train on and {held_out} held out"
-            raise ValueError(f"{s.dataset} has {have}; needed are {s.batch_size}, a batch, and 1")
+            raise ValueError(f"{s.dataset} has {have}; a batch needs {s.batch_size}")
         if s.device != "cpu" and not root:
             free, _ = torch.cuda.mem_get_info(s.device)
             if self.images.numel() < free / 2:
@@ -2634,16 +2638,18 @@ class Run:
             update = graphed(update) if s.graph else update
         if ranks()[1] > 1:  # rank 0 decides
             for tensor in (*nets.state_dict().values(), *masks.values()):
-                torch.distributed.broadcast(tensor, 0)
+                dist.broadcast(tensor, 0)
 
         def evaluate(step):
-            check_ranks([*nets.named_parameters(), *masks.items()], step)
+            tensors = {f"mask of {n}": m for n, m in masks.items()}
+            check_ranks(tensors | dict(nets.named_parameters()), step)
             return on_rank_0(lambda: self.measure(self.for_use(nets, ema)))
 
         checkpoint = Checkpoint(self.folder, name, s.checkpoint_s)
         how = dict(optimizers=optimizers, start=start, masks=masks, state=state)
         how |= dict(after_step=both, ema=ema, ema_longest=s.ema)
-        how |= dict(evaluate=evaluate, eval_every=s.eval_every, checkpoint=checkpoint)
+        how |= dict(evaluate=evaluate, checkpoint=checkpoint)
+        how["eval_every"] = s.eval_every
         try:
             done = train(nets, draw, update, s.steps, **how)
         except FloatingPointError as error:
@@ -2916,9 +2922,9 @@ def run_method(given):
     run.nets = run.fresh()
     run.masks = start_masks(s, run.nets)
     if ranks()[1] > 1:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        long = datetime.timedelta(days=1)  # as long as rank 0 may measure
-        torch.distributed.init_process_group(backend, timeout=long)
+        backend = "cpu:gloo" + ",cuda:nccl" * torch.cuda.is_available()
+        day = datetime.timedelta(days=1)  # rank 0 may measure for long
+        dist.init_process_group(backend, timeout=day)
     on_rank_0(run.load)  # it may fetch
     if ranks()[0]:
         run.load()
@@ -2939,7 +2945,7 @@ def run_method(given):
     print(f"model, metrics and pictures are in {folder}")
     on_rank_0(lambda: run_table([folder]))
     if ranks()[1] > 1:
-        torch.distributed.destroy_process_group()
+        dist.destroy_process_group()
 
 @contextlib.contextmanager
 def catching_signals():
@@ -2979,8 +2985,8 @@ def main(argv=None):
         return 0
     except (ValueError, OSError, FloatingPointError) as error:
         last = str(error).strip().splitlines()[-1]  # of a decoder: its own error
-        if ranks()[0]:  # if rank 0 says it, torchrun ends the others here
-            time.sleep(10)
+        if ranks()[0]:
+            time.sleep(10)  # if rank 0 says it, torchrun ends the others
         print(f"lottery.py: {last}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt as error:
