@@ -8,7 +8,9 @@ test: it prints the ratios that README quotes (make bench).
 import ast
 import copy
 import csv
+import functools
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -325,7 +327,27 @@ def bench_gpu(turns=5):
     print(f"  an update of G's mask: {1000 * float(seconds[0]):.1f} ms")
 
 
+def two_or_one(rank, pairs):
+    """Time of a step of dcgan by two processes over that by the first alone, a thread each."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    s, steps = settings(method="dense", model="dcgan", batch_size=64, width=1.0), []
+    for known in (L.ranks, lambda: (0, 1)):
+        L.ranks, nets = known, L.build("dcgan", 32, 3, 1.0, s.z)
+        draw, update = halves(s, nets, optimizers_of(nets, s), {})
+
+        def step(known=known, draw=draw, update=update):
+            L.ranks = known
+            if rank == 0 or known() == (1, 2):
+                update(draw(0))
+
+        steps += [torch.distributed.barrier, step]
+    _, two, _, one = in_turn(pairs, *steps)
+    print(f"a step by two processes of one thread over one: {two / one:.2f} ({one:.2f} s)")
+
+
 def bench():
+    print(in_ranks(2, two_or_one, 9)[1][0], end="")
     torch.set_num_threads(THREADS)
     bench_gpu()
     print(f"torch {torch.__version__}, {THREADS} threads")
@@ -1606,108 +1628,182 @@ def test_a_run_that_ends_at_any_renaming_goes_on_to_the_same_bits(empty):
     assert 12 < count < 99
 
 
-def as_rank(rank, ranks, port, work, said, *args):
-    """work(said, *args) in one of the processes that torchrun would start."""
+def as_rank(rank, ranks, port, work, *args):
+    """work("said" + rank, *args) in one of the processes that torchrun would start."""
     if ranks > 1:
         names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_PORT=port)
         os.environ |= {name: str(value) for name, value in names.items()}
         os.environ |= {"TORCHELASTIC_RUN_ID": "1", "MASTER_ADDR": "127.0.0.1"}
-    work(f"{said}{rank}", *args)
+    file = os.open(f"said{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(file, 1), os.dup2(file, 2)
+    shapes, L.draw_pictures, time.sleep = L.shapes, lambda *args: None, lambda seconds: None
+    L.shapes = lambda count, *a, **k: shapes(min(count, 660), *a, **k)
+    sys.exit(work(rank, *args))
 
 
-def in_ranks(ranks, work, *args, of_last=None):
-    """Exit codes and words of work(said, *args) in so many processes; the last may have its own."""
+def in_ranks(ranks, work, *args):
+    """Exit codes and words of work(rank, *args) in so many processes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(ranks):
-        own = of_last or args if rank == ranks - 1 else args
-        given = rank, ranks, port, work, "said", *own
-        processes.append(context.Process(target=as_rank, args=given))
-        processes[-1].start()
+        given = ranks, free.getsockname()[1], work, *args
+    processes = [context.Process(target=as_rank, args=(rank, *given)) for rank in range(ranks)]
     for process in processes:
-        process.join(60)
-    codes = [process.exitcode for process in processes]
-    return codes, [Path(f"said{rank}").read_text() for rank in range(ranks)]
+        process.start()
+    for process in processes:
+        process.join(90)
+    said = [Path(f"said{rank}").read_text() for rank in range(ranks)]
+    return [process.exitcode for process in processes], said
 
 
-def in_double(said, argvs):
-    """Runs in float64. Each mask that is decided on is left in `said`.json. One process takes the
-    statistics of its batch norms over the rows that each of two would have."""
-    decided, two = [], L.ranks()[1] == 2
+def in_double(rank, argvs):
+    """Runs in float64. All masks that are decided on are left in decided{rank}.json. One process
+    takes the statistics of its batch norms over the rows that each of two would have."""
+    decided, halves, normal = [], [False], nn.BatchNorm2d.forward
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double
-    join, forward, half = torch.distributed.init_process_group, nn.BatchNorm2d.forward, [False]
 
     def split(norm, x):
-        if two or not half[0]:
-            return forward(norm, x)
-        return torch.stack([forward(norm, x[::2]), forward(norm, x[1::2])], 1).flatten(0, 1)
+        if L.ranks()[1] == 2 or not halves[0]:
+            return normal(norm, x)
+        return torch.stack([normal(norm, x[::2]), normal(norm, x[1::2])], 1).flatten(0, 1)
 
-    def in_halves(function):
-        def step(*args, **more):
-            half[0] = True
-            out = function(*args, **more)
-            half[0] = False
-            return out
+    def stepping(*args, function, **more):
+        halves[0] = True
+        out = function(*args, **more)
+        halves[0] = False
+        return out
 
-        return step
-
-    def noted(function, at=None):
-        def deciding(*args, **more):
-            out = function(*args, **more)
-            masks = out if at is None else args[at]
-            decided.append({n: "".join(map(str, m.int().flatten().tolist())) for n, m in masks.items()})
-            return out
-
-        return deciding
+    def deciding(*args, function, **more):
+        out = function(*args, **more)
+        masks = args[3] if isinstance(out, bool) else out  # of update_masks_
+        decided.append({n: hash(tuple(m.flatten().tolist())) for n, m in masks.items()})
+        return out
 
     nn.BatchNorm2d.forward = split
-    for name in ("gan_step", "autoencoder_step", "classifier_step", "measure_balance"):
-        setattr(L, name, in_halves(getattr(L, name)))
-    for name, at in (("update_masks_", 3), ("prune_masks", None), ("channel_masks", None)):
-        setattr(L, name, noted(getattr(L, name), at))
-    torch.distributed.init_process_group = lambda *a, **k: (
-        torch.distributed.is_initialized() or join(*a, **k)
-    )
-    torch.distributed.destroy_process_group = lambda: None
-    L.draw_pictures, shapes = lambda *args: None, L.shapes
-    L.shapes = lambda count, *a: [x.double() if x.is_floating_point() else x for x in shapes(min(count, 200), *a)]
-    file = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    os.dup2(file, 2)
+    for name in ("gan_step", "classifier_step", "measure_balance"):
+        setattr(L, name, functools.partial(stepping, function=getattr(L, name)))
+    for name in ("update_masks_", "prune_masks", "channel_masks"):
+        setattr(L, name, functools.partial(deciding, function=getattr(L, name)))
+    if L.ranks()[1] == 2:  # once for all runs
+        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group = lambda *args, **more: None
+        torch.distributed.destroy_process_group = lambda: None
     codes = [L.main(argv.split()) for argv in argvs]
-    Path(f"{said}.json").write_text(json.dumps([codes, decided]))
+    Path(f"decided{rank}.json").write_text(json.dumps([codes, decided]))
 
 
-SMALL = "--model resnet14 --width .1 --image-size 8 --batch-size"
+EIGHT = "--model resnet14 --width .1 --image-size 8 --batch-size"
 RANKED = {
     "ddst": f"{TINY} --steps 40 --update-every 5 --n-critic 2 --band .2 .3",
-    "sdst": f"{SMALL} 8 --steps 30 --update-every 4",
+    "sdst": f"{EIGHT} 8 --steps 30 --update-every 4",
     "imp": "--model linear_ae --width .1 --batch-size 8 --steps 10 --rounds 3 --rewind-step 2",
-    "snip": f"{SMALL} 8 --steps 4",
-    "grasp": f"{SMALL} 8 --steps 4 --rewind-step 2",
-    "earlybird": f"{SMALL} 20 --steps 40",
+    "snip": f"{EIGHT} 8 --steps 4",
+    "grasp": f"{EIGHT} 8 --steps 4 --rewind-step 2",
+    "earlybird": f"{EIGHT} 66 --steps 40",
 }
 
 
 def test_two_processes_decide_on_the_masks_of_one_and_reach_its_weights_in_float64(empty):
-    def argvs(out):
-        return [f"--method {m} {flags} --device cpu --out {out}/{m}" for m, flags in RANKED.items()]
+    def decided(ranks):
+        flags = "--device cpu --eval-every 1000 --out"
+        argvs = [f"--method {m} {RANKED[m]} {flags} {ranks}/{m}" for m in RANKED]
+        codes, words = in_ranks(ranks, in_double, argvs)
+        assert codes == [0] * ranks, words
+        return [json.loads(Path(f"decided{rank}.json").read_text()) for rank in range(ranks)]
 
-    assert in_ranks(2, in_double, argvs("two"))[0] == [0, 0]
-    two = [json.loads(Path(f"said{rank}.json").read_text()) for rank in (0, 1)]
-    assert in_ranks(1, in_double, argvs("one"))[0] == [0]
-    one = json.loads(Path("said0.json").read_text())
-    assert one[0] == [0] * len(RANKED) and len(one[1]) > 40
-    assert two[0] == two[1] == one
-    for path in Path("one").rglob("done-*.pt"):
-        a, b = read(path), read(Path("two", path.relative_to("one")))
-        for name, weight in a["weights"].items():
+    assert decided(2) == [*decided(1)] * 2
+    codes, masks = json.loads(Path("decided0.json").read_text())
+    assert not any(codes) and len(masks) > 40
+    assert json.loads(Path("1/ddst/summary.json").read_text())["density_D"] != 0.5  # it moved
+    for path in Path("1").rglob("done-*.pt"):
+        one, two = (read(Path(ranks, path.relative_to("1")))["weights"] for ranks in "12")
+        for name in one:
             if not re.search("running|tracked", name):  # statistics are of rank 0's rows
-                assert (weight - b["weights"][name]).abs().max() < 1e-8, (path, name)
+                assert (one[name] - two[name]).abs().max() < 1e-8, (path, name)
+
+
+def meddled(rank, what, count, argv):
+    """main(argv); on rank 1 `what` happens before the `count`-th step."""
+    steps, gan_step = itertools.count(1), L.gan_step
+    happens = {
+        "SIGKILL": lambda G: os.kill(os.getpid(), signal.SIGKILL),
+        "SIGTERM": lambda G: os.kill(os.getpid(), signal.SIGTERM),
+        "other weight": lambda G: G.norm.weight.data[0].add_(1e-6),
+    }
+
+    def step(G, *args):
+        if next(steps) == count and rank == 1:
+            happens[what](G)
+        return gan_step(G, *args)
+
+    L.gan_step = step
+    return L.main(argv.split())
+
+
+def test_one_of_two_processes_that_is_killed_or_stopped_ends_both_and_any_number_goes_on(empty):
+    flags = f"--method ddst {FAMILIES['ddst']} --checkpoint-s 0 --device cpu --out"
+    assert in_ranks(2, meddled, "", 0, f"{flags} whole")[0] == [0, 0]
+    codes, words = in_ranks(2, meddled, "SIGKILL", 12, f"{flags} killed")
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None), words
+    codes, words = in_ranks(2, meddled, "SIGTERM", 9, f"{flags} killed")
+    assert codes == [143, 143] and "goes on from killed/last.pt (step 2" in words[0], words
+    assert words[1] == ""
+    shutil.copytree("killed", "alone")
+    assert in_ranks(2, meddled, "", 0, f"{flags} killed")[0] == [0, 0]
+    same_runs("killed", "whole")
+    codes, words = in_ranks(1, meddled, "", 0, f"{flags} alone")
+    assert codes == [0] and "continuing from step 2" in words[0], words
+
+
+def test_processes_whose_weights_differ_end_in_one_line_that_says_where(empty):
+    argv = f"{TINY} --method dense --steps 20 --eval-every 5 --out run"
+    codes, words = in_ranks(2, meddled, "other weight", 3, argv)
+    assert codes[1] == 1 and codes[0] not in (0, None), words
+    assert "G.norm.weight differs on rank 1 and on rank 0 at step 5" in words[1], words
+    assert words[1].count("\n") == 1
+
+
+def test_rows_of_a_batch_are_those_of_the_whole_one(tmp_path, monkeypatch):
+    images, labels = L.shapes(50)
+    whole = L.batch(images, 40, 12, 3, True, None, 4)
+    part = L.batch(images, 40, 12, 3, True, None, 4, slice(1, None, 3))
+    assert torch.equal(part, whole[1::3])
+    stream = L.ImageStream(imagenet_like(tmp_path / "pets") / "train", 16)
+    whole = stream.batch(8, 8, 3)
+    assert torch.equal(stream.batch(8, 8, 3, slice(1, None, 2)), whole[1::2])
+    assert torch.equal(stream.batch(16, 8, 3, slice(1, None, 2)), stream.batch(16, 8, 3)[1::2])
+    for model in ("sngan", "vae", "resnet14"):
+        s = settings(method="dense", model=model, batch_size=6)
+        nets, draws = tiny(model), []
+        for rank in ((0, 1), (0, 2), (1, 2)):
+            monkeypatch.setattr(L, "ranks", lambda: rank)
+            draws.append(halves(s, nets, optimizers_of(nets, s), {})[0](4))
+        for x, *parts in zip(*draws):
+            dim = 1 if x.dim() > 2 and model == "sngan" and len(x) == s.n_critic else 0
+            assert torch.equal(torch.stack(parts, dim + 1).flatten(dim, dim + 1), x)
+
+
+def test_torchrun_itself_trains_as_one_process_does_and_refuses_in_one_line(empty):
+    def torchrun(flags):
+        how = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+        command = [sys.executable, *how, HERE / "lottery.py", *flags.split(), "--device", "cpu"]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    flags = "--method dense --model linear_ae --steps 50 --eval-every 25"
+    done = torchrun(f"{flags} --out two")
+    assert done.returncode == 0 and done.stdout.count("step 50/50") == 1, done.stderr
+    run(f"{flags} --out one")
+    one, two = (read(f"{out}/done-dense.pt") for out in ("one", "two"))
+    for name, weight in one["weights"].items():
+        assert (weight - two["weights"][name]).abs().max() < 1e-5
+    for a, b in zip(one["rows"][1:], two["rows"][1:]):
+        assert a["loss_error"] == pytest.approx(b["loss_error"], rel=1e-4)
+    done = torchrun("--batch-size 15 --out other")
+    assert done.returncode != 0 and not Path("other").exists()
+    assert done.stderr.count("lottery.py: --batch-size 15 cannot be shared by 2") == 1
+    assert done.stderr.count("lottery.py: ") == 1
 
 
 CUDA_RUNS = {
