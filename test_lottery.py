@@ -2646,6 +2646,7 @@ def test_an_update_seeds_the_state_of_what_it_grew_and_keeps_every_output_channe
     weight, mask = nets["G"].convs[0].weight, masks["G.convs.0.weight"]
     weight.data[:, 1] *= 1e-6  # the smallest weights by far, and no gradient to grow back by
     weight.grad[:, 1] = 0
+    assert mask[:, 1].sum() > 1
     largest = weight.data[:, 1].abs().max()
     L.dynamic_gan(nets, optimizers, masks, {}, steps=100, seed=0, update_every=4)(4, out)
     assert weight.data[:, 1].abs().sum() == largest and mask[:, 1].sum() == 1
