@@ -190,15 +190,6 @@ def in_turn(pairs, *functions):
     return np.median([[timed(f) for f in functions] for _ in range(pairs + 1)][1:], axis=0)
 
 
-def bench_start():
-    def run(*argv):
-        subprocess.run([sys.executable, *argv], capture_output=True, cwd=HERE, check=True)
-
-    both = lambda: run("lottery.py", "--help"), lambda: run("-c", "import torch")
-    ours, torch_alone = in_turn(9, *both)
-    print(f"python lottery.py --help over import torch: {ours / torch_alone:.2f} ({ours:.2f} s)")
-
-
 def bench_masks(model, batch_size):
     """apply_masks_ over a step, and that step with torch's pruning hooks."""
     given = dict(method="dense", dataset="cifar10", model=model, batch_size=batch_size, width=1.0)
@@ -217,15 +208,6 @@ def bench_masks(model, batch_size):
     print(f"  the step with torch.nn.utils.prune's hooks over ours: {b / a:.2f} ({a:.2f} s)")
 
 
-def bench_thresholds():
-    layers = nn.ModuleList(nn.Linear(1000, 1000, bias=False) for _ in range(11))
-    scores, pairs = L.score_magnitude(layers), [(m, "weight") for m in layers]
-    kind = nn.utils.prune.L1Unstructured
-    theirs = timed(lambda: nn.utils.prune.global_unstructured(pairs, kind, amount=0.8))
-    ours = timed(lambda: L.prune_masks(scores, 0.2), 3)
-    print(f"global_unstructured over prune_masks, 11 M weights: {theirs / ours:.1f} ({ours:.2f} s)")
-
-
 def bench_ratio(pairs=60):
     """The balance ratio over a step of `make demo`."""
     s = settings(method="dense", width=0.125, batch_size=16)
@@ -238,19 +220,6 @@ def bench_ratio(pairs=60):
     for every in (10, 2):  # the paper's cadence, and make demo's
         share = ratio / step / every
         print(f"a balance ratio every {every} steps over a step: {share:.4f} ({step:.3f} s)")
-
-
-def bench_scores(batch_size):
-    net, (images, labels) = L.build("resnet20", 32, 3)["net"].train(), L.shapes(batch_size)
-    x, weights = images.float() / 127.5 - 1, list(L.prunable_parameters(net).values())
-
-    def loss(k):
-        return F.cross_entropy(net(x), labels)
-
-    with L.scoring(net):
-        ours = lambda: L.score_snip(net, loss), lambda: L.score_grasp(net, loss)
-        gradient, snip, grasp = in_turn(8, lambda: torch.autograd.grad(loss(0), weights), *ours)
-    print(f"SNIP, GraSP over a gradient: {snip / gradient:.2f}, {grasp / gradient:.2f}")
 
 
 def bench_slim(batch_size=16):
@@ -351,12 +320,9 @@ def bench():
     torch.set_num_threads(THREADS)
     bench_gpu()
     print(f"torch {torch.__version__}, {THREADS} threads")
-    bench_start()
-    bench_thresholds()
     bench_ratio()
     bench_masks("dcgan", 16)
     bench_masks("sngan", 4)
-    bench_scores(64)
     bench_slim()
 
 
@@ -915,13 +881,6 @@ def test_layers_whose_raw_weight_is_not_known_are_refused(compute, layer, name):
         L.prunable_parameters(nn.Sequential(compute(layer, name)))
 
 
-def test_masked_spectral_norm_stays_sparse_through_a_forward():
-    model = Odd()
-    L.apply_masks_(model, masks := halved(model, 0.3))
-    model.sn(torch.randn(3, 6))
-    assert torch.equal((model.sn.weight != 0).float(), masks["sn.parametrizations.weight.original"])
-
-
 SCORES = [[0.0] * 10, [1.0] * 10, [-math.inf] * 10, [3.0, 1, 1, 1, 1, 2, 1, 1, 0, 0], [*range(10)]]
 
 
@@ -995,16 +954,12 @@ DCGAN_G = {"0": (100, 256, 4, 4), "1": (256, 128, 4, 4), "2": (128, 64, 4, 4), "
 LENET = {"0": (300, 784), "1": (100, 300), "2": (10, 100)}
 WORKED = [
     (RESNET, 0.1, "conv1 1 fc 1 l1.3 .302626 l2.0 .215024 l2.4 .139367 l3.0 .101539 l3.2 .066697"),
-    (RESNET, 0.2, "conv1 1 fc 1 l1.3 .617846 l2.0 .438996 l2.4 .284534 l3.0 .207304 l3.2 .136170"),
     (RESNET, 0.5, "conv1 1 fc 1 l1.3 1 l2.0 1 l2.4 .776229 l3.0 .565538 l3.2 .371481"),
     (SNGAN_G, 0.1, "l1 .381100 a.c1 .041542 c.sc .370995 c5 1"),
-    (SNGAN_G, 0.2, "l1 .768475 a.c1 .083769 c.sc .748099 c5 1"),
     (SNGAN_G, 0.5, "l1 1 a.c1 .397172 c.sc 1 c5 1"),
     (DCGAN_G, 0.1, "0 .098139 1 .082569 2 .168508 3 1"),
-    (DCGAN_G, 0.2, "0 .197230 1 .165939 2 .338651 3 1"),
     (DCGAN_G, 0.5, "0 .494503 1 .416048 2 .849078 3 1"),
     (LENET, 0.1, "0 .079568 1 .230189 2 1"),
-    (LENET, 0.2, "0 .162241 1 .469362 2 1"),
     (LENET, 0.5, "0 .434099 1 1 2 1"),
 ]
 
@@ -1108,20 +1063,6 @@ def test_pruned_weights_are_zero_after_every_step_only_because_of_the_masking(mo
     update(draw(5))
     for role in nets:  # without the line the weights come back, in each network
         assert not pruned_are_zero(nets[role], L.of_role(masks, role))
-
-
-KINDS = [("SGD", {"momentum": 0.9, "weight_decay": 1e-2}), ("RMSprop", {"momentum": 0.5})]
-KINDS += [("Adam", {}), ("AdamW", {"weight_decay": 0.1})]
-
-
-@pytest.mark.parametrize("kind, more", KINDS)
-def test_pruned_weights_stay_zero_under_every_optimizer(kind, more):
-    nets, masks, _, draw, _ = begun(settings(model="resnet14", method="dense"), 0.3)
-    net, masks = nets["net"], L.of_role(masks, "net")
-    optimizer = getattr(torch.optim, kind)(net.parameters(), lr=0.01, **more)
-    for step in range(4):  # the second step has momentum of the first
-        L.classifier_step(net, optimizer, *draw(step), masks)
-        assert pruned_are_zero(net, masks)
 
 
 def gradients(net):
@@ -1286,39 +1227,35 @@ def test_an_update_reads_nothing_but_its_tensors_and_is_the_same_at_every_step(m
 # 5. TRAINING
 
 
-def plain_loop(nets, images, seed=0, lr=2e-4, batch_size=4, n_critic=1, longest=0.999):
-    """A dense SNGAN as one would write it without this file; also the yardstick of `make bench`."""
+def plain_loop(nets, images, lr):
+    """A dense SNGAN as one would write it without this file: batches of 4, two steps of D."""
     G, D = nets["G"], nets["D"]
     opt_G = torch.optim.Adam(G.parameters(), lr, (0.0, 0.9), fused=True)
     opt_D = torch.optim.Adam(D.parameters(), lr, (0.0, 0.9), fused=True)
-    ema, step = copy.deepcopy(G), 0
-    while True:
-        for k in range(n_critic):
-            real = L.batch(images, (step * n_critic + k) * batch_size, batch_size, seed)
-            fake = G(L.latents(batch_size, G.z, seed, step, "latents D", k)).detach()
+    ema = copy.deepcopy(G)
+    for step in range(40):
+        for k in range(2):
+            real = L.batch(images, (step * 2 + k) * 4, 4, 0)
+            fake = G(L.latents(4, G.z, 0, step, "latents D", k)).detach()
             opt_D.zero_grad()
             logits = D(torch.cat([real, fake]))  # spectral norm iterates once
-            loss_D = F.relu(1 - logits[:batch_size]).mean()
-            loss_D = loss_D + F.relu(1 + logits[batch_size:]).mean()
+            loss_D = F.relu(1 - logits[:4]).mean() + F.relu(1 + logits[4:]).mean()
             loss_D.backward()
             opt_D.step()
-        D.requires_grad_(False)
         opt_G.zero_grad()
-        loss_G = -D(G(L.latents(2 * batch_size, G.z, seed, step, "latents G", 0))).mean()
+        loss_G = -D(G(L.latents(8, G.z, 0, step, "latents G", 0))).mean()
         loss_G.backward()
         opt_G.step()
-        D.requires_grad_(True)
-        beta = min(longest, (step + 1) / (step + 10))
+        beta = min(0.999, (step + 1) / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(G.parameters()), 1 - beta)
-        step += 1
         yield loss_D.item(), loss_G.item(), ema
 
 
 def test_dense_gives_the_losses_and_the_average_of_a_plain_loop():
     s = settings(method="dense", steps=40, n_critic=2, width=0.06)
     _, _, ema, done, _ = trained(s)
-    plain = plain_loop(L.build("sngan", width=0.06), L.shapes(300)[0], lr=s.lr, n_critic=2)
+    plain = plain_loop(L.build("sngan", width=0.06), L.shapes(300)[0], s.lr)
     for row in done.rows:
         loss_D, loss_G, average = next(plain)
         assert [row["loss_D"], row["loss_G"]] == pytest.approx([loss_D, loss_G], abs=1e-6), row
@@ -1373,15 +1310,6 @@ def test_after_step_may_end_a_training_and_evaluations_stand_at_start_interval_a
     assert done.step == 13 and steps == [10, 11, 12]
     seen = [(row["step"], row.get("seen"), row["density_net"]) for row in done.rows]
     assert seen == [(10, 10, 0.5), (11, None, 0.5), (12, 12, 0.5), (13, 13, 0.5)]
-
-
-def test_each_training_has_its_own_table(tmp_path):
-    for name in ("dense", "round-01"):
-        drill(nn.Linear(1, 1), lambda step: 2, 3, checkpoint=L.Checkpoint(tmp_path, name, 0))
-    for name in ("dense", "round-01"):
-        rows = list(csv.DictReader((tmp_path / f"metrics-{name}.csv").open(newline="")))
-        assert [(r["step"], r["loss_net"]) for r in rows] == [(str(k), "2.0") for k in (1, 2, 3)]
-    assert not (tmp_path / "last.pt").exists()
 
 
 def walk(folder, stop=None):
@@ -1876,14 +1804,6 @@ def scored(score, net, loss, batches=1):
         return score(net, loss, batches)
 
 
-def worked_example(temperature=1):
-    """Linear layer without bias, two points, mean cross-entropy in float64: (model, loss)."""
-    net = nn.Linear(2, 2, bias=False).double()
-    net.weight.data = torch.tensor([[1, -2], [0.5, 3]]).double()
-    x, y = torch.tensor([[1, 2], [-1, 0.5]]).double(), torch.tensor([0, 1])
-    return net, lambda k: F.cross_entropy(net(x) / temperature, y)
-
-
 def small_net():
     """Every kind of layer, in float64: (model, loss of the k-th batch). Smooth, so that finite
     differences hold."""
@@ -1894,18 +1814,6 @@ def small_net():
     net = nn.Sequential(*first, *second, nn.Tanh(), nn.Linear(4, 3)).double()
     x, y = torch.randn(3, 6, 2, 4, 4).double(), torch.randint(3, (3, 6))
     return net, lambda k: F.cross_entropy(net(x[k]), y[k])
-
-
-def test_snip_and_grasp_of_the_worked_example():
-    net, loss = worked_example()
-    snip = scored(L.score_snip, net, loss)["weight"]
-    wanted = torch.tensor([[0.091458, 0.345125], [0.045729, 0.517688]]).double()
-    assert torch.allclose(snip / snip.sum(), wanted, atol=1e-6)
-    wanted = torch.tensor([[-0.001526, -0.000591], [0.000763, -0.000886]]).double()
-    assert torch.allclose(scored(L.score_grasp, net, loss)["weight"], wanted, atol=1e-6)
-    net, loss = worked_example(200)  # the temperature turns signs round, and the ranking
-    wanted = torch.tensor([[-4.9659, 15.0178], [2.4830, 22.5267]]).double()
-    assert torch.allclose(1e8 * scored(L.score_grasp, net, loss)["weight"], wanted, atol=1e-3)
 
 
 def test_the_sign_of_grasp_keeps_what_carries_the_gradient_and_linear_weights_score_zero():
@@ -2000,16 +1908,6 @@ def test_scores_depend_on_weights_and_data_only_and_leave_no_trace(score):
     assert len(found[0]) == len(L.prunable_parameters(tiny()))
 
 
-def test_scores_of_spectral_norm_are_of_its_settled_vectors():
-    torch.manual_seed(0)
-    layer = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5, bias=False).double())
-    layer.parametrizations.weight[0]._u.copy_(F.normalize(torch.randn(5).double(), dim=0))
-    assert float(torch.linalg.matrix_norm(layer.eval().weight.detach(), 2)) > 1.1
-    with L.scoring(layer):
-        norm = float(torch.linalg.matrix_norm(layer.weight.detach(), 2))
-    assert norm == pytest.approx(1, abs=0.02)
-
-
 def test_grasp_goes_through_every_kernel_of_attention():
     torch.manual_seed(0)
     net, x = nn.Linear(4, 12).double(), torch.randn(2, 1, 3, 4).double()
@@ -2083,11 +1981,6 @@ def test_summed_losses_starve_the_generator():
         apart, summed = (L.score_snip(G, loss) for loss in (loss_G, loss_both))
     apart, summed = (sum(float(s.sum()) for s in scores.values()) for scores in (apart, summed))
     assert summed < 0.5 * apart  # the two losses pull G's weights in opposite directions
-
-
-def test_magnitude_scores_are_the_absolute_weights():
-    weights = L.prunable_parameters(net := tiny("dcgan"))
-    assert same(L.score_magnitude(net), {name: w.abs() for name, w in weights.items()})
 
 
 @pytest.mark.parametrize("method", ["snip", "grasp"])
@@ -2234,14 +2127,9 @@ def test_the_largest_survivor_of_a_layer_stays_so_that_spectral_norm_has_somethi
         nets.get_parameter(weak).data.mul_(1e-6)
         return nets
 
-    nets = make(0)
-    total = sum(w.numel() for w in L.prunable_parameters(nets).values())
-    rounds = list(L.iterative_magnitude_pruning(make, lambda *args: None, [0.3, 0.05]))
-    assert [L.kept(r.masks) for r in rounds] == [0, round(0.3 * total), round(0.05 * total)]
-    assert all(bool(m.any()) for r in rounds for m in r.masks.values())
-    assert int(rounds[2].masks[weak].sum()) == 1
-    L.apply_masks_(nets, rounds[2].masks)
-    assert bool(torch.isfinite(nets["D"](torch.randn(2, 3, 32, 32))).all())
+    for r in L.iterative_magnitude_pruning(make, lambda *args: None, [0.3, 0.05]):
+        assert all(m.any() for m in r.masks.values())
+    assert int(r.masks[weak].sum()) == 1
 
 
 def test_rewinding_to_step_zero_takes_the_initial_weights_and_the_ranking_is_of_trained_ones():
@@ -2259,24 +2147,14 @@ def test_scopes_and_roles_prune_their_own_pools():
     def last(**how):
         return list(L.iterative_magnitude_pruning(make, scripted(log), [0.5, 0.3], **how))[-1].masks
 
-    network, layer, pooled = (last(scope=scope) for scope in ("network", "layer", "global"))
+    network = last(scope="network")
     for role in "GD":
         total = sum(size for name, size in sizes.items() if name.startswith(role))
         assert L.kept(L.of_role(network, role)) == round(0.3 * total)
-    each = {name: max(1, round(0.3 * size)) for name, size in sizes.items()}
-    assert L.counts_of(layer) == each != L.counts_of(pooled)
-    assert L.kept(pooled) == round(0.3 * sum(sizes.values()))
     only = last(prune=["G"])
     assert same(only, {n: m for n, m in network.items() if n.startswith("G")})
     weights = L.of_role(log["round-02"][0], "D")
     assert all(bool((w != 0).all()) for w in weights.values() if w.dim() > 1)
-
-
-def test_shuffled_masks_keep_the_count_of_every_layer_and_the_memory_format():
-    masks = L.of_role(both_masks(tiny(width=0.2)), "G")
-    shuffled = L.shuffle_masks(masks, L.rng(0, 0, "shuffle"))
-    assert L.counts_of(shuffled) == L.counts_of(masks)
-    assert all(shuffled[n].stride() == m.stride() for n, m in masks.items())
 
 
 def test_rounds_go_down_to_the_density_and_the_last_is_cut_to_it():
@@ -2535,20 +2413,12 @@ def test_what_is_no_chain_is_refused_by_name():
 def test_nothing_of_a_cut_channel_is_left_at_the_border():
     last = nn.Conv2d(2, 1, 3, padding=1, bias=False)
     own = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), last).double().eval()
-    own[1].weight.data = torch.tensor([0.0, 1]).double()  # the channel of scale 0 emits 3
+    own[1].weight.data = torch.tensor([0.0, -1]).double()  # the channel of scale 0 emits 3
     own[1].bias.data = torch.tensor([3.0, 1]).double()
     chains, x = [L.Chain("0", "1", ("3",))], torch.zeros(1, 1, 5, 5).double()
     small = L.slim(own, L.channel_masks(own, 0.5, chains), chains)
     emitted = F.relu(own[1](own[0](x)))[:, 1:]
     assert close(small(x), F.conv2d(emitted, last.weight[:, 1:], padding=1))
-
-
-def test_the_best_channel_of_a_weak_layer_stays():
-    net = stirred(L.build("dcgan", width=0.1))["D"]
-    net.norms[2].weight.data.abs_().mul_(-1e-6)
-    best = int(net.norms[2].weight.abs().argmax())
-    masks = L.channel_masks(net, 0.2, L.channel_chains(net))
-    assert masks["convs.2"].nonzero().flatten().tolist() == [best]
 
 
 def test_blocks_that_only_share_a_name_are_no_chain():
@@ -2625,18 +2495,9 @@ def test_a_weight_dropped_and_grown_back_keeps_its_value_and_is_not_new():
     assert not grown["w"].any()
 
 
-def test_an_exchange_keeps_its_count_where_little_may_be_dropped():
-    # Four of the six kept weights are the largest of their rows: two may be dropped, so two grow.
-    w, m = one_layer([[5.0, 0, 0], [4, 1, 0], [3, 2, 0], [6, 0, 0]])
-    _, *moved = L.drop_and_grow_(w, m, {"w": torch.ones(4, 3)}, 5, 5)
-    assert moved == [2, 2] and m["w"].sum() == 6
-    _, drop, grow = L.drop_and_grow_(w, m, {"w": torch.ones(4, 3)}, 5, 8)
-    assert grow - drop == 3 and m["w"].sum() == 9  # a net gain of three stays one
-
-
 @pytest.mark.parametrize("how", ["gradient", "random"])
 @pytest.mark.parametrize("case", ["normal", "zero gradients", "all equal", "ties"])
-@pytest.mark.parametrize("drop, grow", [(0, 0), (1, 1), (40, 40), (0, 25), (25, 0), (10**6, 10**6)])
+@pytest.mark.parametrize("drop, grow", [(0, 0), (40, 40), (0, 25), (25, 0), (500, 500), (500, 503)])
 def test_counts_stay_exact_and_no_row_dies(how, case, drop, grow):
     weights, masks, gradients = layers()
     if case == "zero gradients":
@@ -2673,14 +2534,6 @@ def test_growth_takes_the_largest_gradients_of_all_layers_and_dropping_the_small
     L.drop_and_grow_(weights, masks, gradients, 35, 0)
     gone = torch.cat([held[n][(masks[n] == 0) & (held[n] > 0)] for n in masks])
     assert len(gone) == 35 - 30 and gone.max() <= order[34]  # the 30 new zeros go first
-
-
-def test_the_largest_weight_of_an_output_row_stays_also_in_a_transposed_convolution():
-    w = {"up": torch.randn(3, 5, 2, 2, generator=L.rng(0, 0, "w"))}
-    m = {"up": torch.ones(3, 5, 2, 2)}
-    largest = w["up"].abs().amax((0, 2, 3))
-    L.drop_and_grow_(w, m, w, 60, 0, output_dim={"up": 1})
-    assert m["up"].sum() == 5 and torch.equal(w["up"].abs().sum((0, 2, 3)), largest)
 
 
 def test_growth_fills_up_at_random_where_gradients_run_out_and_refuses_nan():
@@ -2770,8 +2623,6 @@ def test_intervals_of_rigl_and_of_gans_scale_with_the_run():
     assert [every("vae", steps=n) for n in (600, 24_000, 10**6)] == [20, 40, 100]
     assert [every(steps=n) for n in (62_560, 40_000, 3000, 10)] == [100, 66, 20, 20]
     assert [every(steps=3000, update_every=n) for n in (7, 0)] == [7, 0]
-    assert L.gan_schedule(100_000) == (500, 1000, 1000, 1000, 10)
-    assert L.gan_schedule(100_000, None, True) == (500, 2000, 1000, 2000, 10)
     assert L.gan_schedule(19_999)[3] == 1000 and L.gan_schedule(20_000)[3] == 200
     assert L.gan_schedule(1500) == (20, 40, 40, 75, 2)
     assert L.gan_schedule(1500, 0) == (0, 40, 40, 75, 2)
@@ -2976,9 +2827,10 @@ def test_ten_times_as_many_evaluations_and_ratios_change_no_weight(method, dynam
 
 
 @pytest.mark.parametrize("model", ["sngan", "resnet_dcgan"])
-def test_measuring_the_balance_leaves_every_bit_where_it_was(model):
-    nets, _, _, step_fn = a_gan(model, masked=False)
-    out = step_fn(0)
+def test_measuring_the_balance_leaves_every_bit_and_sees_no_gain_where_g_did_not_move(model):
+    nets, _, optimizers, step_fn = a_gan(model, masked=False)
+    optimizers["G"].param_groups[0]["lr"] = 0.0
+    out = [step_fn(step) for step in range(3)][-1]
     before, grads, looks = copied(nets), [p.grad.clone() for p in nets.parameters()], []
     for mode in (True, False):  # whatever mode the caller left
         nets.train(mode)
@@ -2986,21 +2838,20 @@ def test_measuring_the_balance_leaves_every_bit_where_it_was(model):
         assert all(module.training == mode for module in nets.modules())
     assert looks[0] == looks[1] and same(before, nets.state_dict())
     assert all(torch.equal(p.grad, g) for p, g in zip(nets.parameters(), grads))
-
-
-@pytest.mark.parametrize("model", ["sngan", "resnet_dcgan"])
-def test_the_second_look_sees_what_the_first_saw_when_the_generator_did_not_move(model):
-    nets, _, optimizers, step_fn = a_gan(model, masked=False)
-    optimizers["G"].param_groups[0]["lr"] = 0.0
-    out = [step_fn(step) for step in range(3)][-1]
-    gain, gap, spread = L.measure_balance(nets["G"], nets["D"], out["real"], out["z"], out["fake"])
+    gain, gap, spread = looks[0]
     assert abs(gain) < 1e-5 * spread and abs(gap) > 1e-3 * spread
 
 
-def test_an_update_seeds_the_optimizer_state_of_what_it_grew():
-    nets, masks, optimizers, step_fn = a_gan()
+def test_an_update_seeds_the_state_of_what_it_grew_and_keeps_every_output_channel():
+    nets, masks, optimizers, step_fn = a_gan("dcgan")
     out, before, grown = [step_fn(step) for step in range(4)][-1], copy.deepcopy(masks), 0
+    weight, mask = nets["G"].convs[0].weight, masks["G.convs.0.weight"]
+    weight.data[:, 1] *= 1e-6  # the smallest weights by far, and no gradient to grow back by
+    weight.grad[:, 1] = 0
+    assert mask[:, 1].sum() > 1
+    largest = weight.data[:, 1].abs().max()
     L.dynamic_gan(nets, optimizers, masks, {}, steps=100, seed=0, update_every=4)(4, out)
+    assert weight.data[:, 1].abs().sum() == largest and mask[:, 1].sum() == 1
     for name in L.of_role(masks, "G"):
         weight = nets["G"].get_parameter(name)
         name = f"G.{name}"
@@ -3010,17 +2861,6 @@ def test_an_update_seeds_the_optimizer_state_of_what_it_grew():
         assert not (state["exp_avg"][~new & (weight.grad != 0)] == 0).any()
         grown += int(new.sum())
     assert grown > 100
-
-
-def test_an_update_keeps_every_output_channel_of_a_transposed_convolution():
-    nets, masks, optimizers, step_fn = a_gan("dcgan")
-    out = [step_fn(step) for step in range(4)][-1]
-    weight, mask = nets["G"].convs[0].weight, masks["G.convs.0.weight"]
-    weight.data[:, 1] *= 1e-6  # the smallest weights by far, and no gradient to grow back by
-    weight.grad[:, 1] = 0
-    assert mask[:, 1].sum() > 1
-    L.dynamic_gan(nets, optimizers, masks, {}, steps=100, seed=0, update_every=4)(4, out)
-    assert mask[:, 1].sum() == 1
 
 
 # ==================================================================================================
@@ -3180,15 +3020,6 @@ def test_frechet_distance_of_the_worked_example():
         mean, *cov = torch.tensor(moments, dtype=torch.float64)
         sets.append(mean + x @ torch.linalg.cholesky(torch.stack(cov)).T)
     assert L.frechet_distance(*sets) == pytest.approx(2.575425893305, abs=1e-9)
-
-
-def test_frechet_distance_keeps_its_laws():
-    x, y = normal(500, 6, 0), 2 * normal(400, 6, 1)
-    turn = torch.linalg.qr(normal(6, 6, 2))[0]
-    assert L.frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
-    turned = L.frechet_distance(x @ turn, y @ turn)
-    assert turned == pytest.approx(L.frechet_distance(x, y), rel=1e-9)
-    assert L.frechet_distance(x, x + 3) == pytest.approx(6 * 9, rel=1e-9)
 
 
 def test_kernel_distance_of_the_worked_example_may_be_negative():
@@ -3547,9 +3378,7 @@ def test_every_flag_is_refused_out_of_its_range_and_where_nothing_reads_it(empty
         ("--density-D 0.6 --max-density-D 0.5", ["0.6", "above"]),
         ("--ratio-every 3 --steps 2000", ["--ratio-every", "at most 2"]),
         ("--band .6 .5", ["LOW <= HIGH"]),
-        ("--dataset imagenot", ["imagenot", "celeba"]),
-        ("--dataset celeba", ["img_align_celeba.zip"]),
-        ("--batch-size 10001", ["10001", "10000"]),
+        ("--dataset imagenot", ["imagenot", "img_align_celeba.zip"]),
         ("--device tpu", ["--device"]),
         ("--features inception --inception-weights none.pth", ["none.pth"]),
         ("--table nowhere", ["nowhere"]),
@@ -3590,15 +3419,11 @@ def test_intervals_and_starts_scale_with_the_run():
     assert (s.update_every, s.every_D, s.window, s.first_D) == (500, 1000, 1000, 1000)
     assert (s.ratio_every, s.ratios_per_decision) == (10, 100)
     strict = settings(method="ddst", steps=100_000, max_density_D=0.5)
-    assert (strict.every_D, strict.window) == (2000, 1000)
+    assert (strict.every_D, strict.window, strict.first_D) == (2000, 1000, 2000)
     assert (s.density, s.density_D) == (0.3, 0.5)
-    demo = settings(method="ddst", steps=2000)
-    assert (demo.ratio_every, demo.ratios_per_decision) == (2, 20)
     assert settings(method="sdst", steps=2000).ratio_every == 10
     assert settings(method="ddst", density=0.1).density_D == 0.1
     assert settings(method="static").update_every == settings(method="imp").update_every == 0
-    assert settings(method="imp", model="resnet20", steps=62_560).rewind_step == 1000
-    assert settings(method="dense", model="resnet18", width=1.0, batch_size=512).lr == 0.2
 
 
 def test_help_has_every_flag_and_main_says_what_fits_a_cpu_before_the_data_load(empty, capsys):
