@@ -2944,8 +2944,6 @@ def run_method(given):
         methods.get(s.method, run_masked)(run)
     print(f"model, metrics and pictures are in {folder}")
     on_rank_0(lambda: run_table([folder]))
-    if ranks()[1] > 1:
-        dist.destroy_process_group()
 
 @contextlib.contextmanager
 def catching_signals():
@@ -2971,7 +2969,7 @@ def main(argv=None):
     if ranks()[0]:
         sys.stdout = None
     if hasattr(sys.stdout, "reconfigure"):  # "?" for what it lacks
-        sys.stdout.reconfigure(errors="replace")
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         with catching_signals():
             given = parse(argv)
@@ -2996,4 +2994,7 @@ def main(argv=None):
         return 128 + number
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if ranks()[1] > 1:  # gloo's threads can crash while Python ends
+        os._exit(code)
+    sys.exit(code)
