@@ -275,11 +275,11 @@ def bench_gpu(turns=5):
     print(f"  an update of G's mask: {1000 * float(seconds[0]):.1f} ms")
 
 
-def two_or_one(rank, pairs):
+def two_or_one(rank, pairs, B):
     """Time of a step of dcgan by two processes over that by the first alone, a thread each."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    s, steps = settings(method="dense", model="dcgan", batch_size=64, width=1.0), []
+    s, steps = settings(method="dense", model="dcgan", batch_size=B, width=1.0), []
     for known in (L.ranks, lambda: (0, 1)):
         L.ranks, nets = known, L.build("dcgan", 32, 3, 1.0, s.z)
         draw, update = halves(s, nets, optimizers_of(nets, s), {})
@@ -291,11 +291,12 @@ def two_or_one(rank, pairs):
 
         steps += [torch.distributed.barrier, step]
     _, two, _, one = in_turn(pairs, *steps)
-    print(f"a step by two processes of one thread over one: {two / one:.2f} ({one:.2f} s)")
+    print(f"a step of dcgan, batch {B}, by two processes over by one: {two / one:.2f} ({one:.2f} s)")
 
 
 def bench():
-    print(in_ranks(2, two_or_one, 9)[1][0], end="")
+    for B in (64, 128):
+        print(in_ranks(2, two_or_one, 9, B)[1][0], end="")
     torch.set_num_threads(THREADS)
     bench_gpu()
     print(f"torch {torch.__version__}, {THREADS} threads")
