@@ -942,8 +942,8 @@ def average_ranks_(tensors):
         rows = [t.as_strided([t.numel()], [1]) for t in tensors if t is not None]
         flat = torch.cat(rows)
         dist.all_reduce(flat)
-        sums = flat.div_(count).split([len(row) for row in rows])
-        torch._foreach_copy_(rows, sums)
+        means = flat.div_(count).split([*map(len, rows)])
+        torch._foreach_copy_(rows, means)
 
 def on_rank_0(function):
     """What function() returns on rank 0, on all ranks; the others wait."""
@@ -2995,6 +2995,6 @@ def main(argv=None):
 
 if __name__ == "__main__":
     code = main()
-    if ranks()[1] > 1:  # gloo's threads can crash as Python ends
+    if ranks()[1] > 1:  # gloo may crash as Python ends
         os._exit(code)
     sys.exit(code)
