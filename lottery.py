@@ -269,10 +269,10 @@ class ImageStream(torch.utils.data.Dataset):
         return self.load(torch.arange(len(self)).split(size))
 
     def batch(self, position, size, seed, rows=slice(None)):
-        if self.due != (position, size, seed):  # not the next one
+        if self.due != (position, size, seed, rows):  # not the next one
             starts = itertools.count(position, size)
             self.ahead = self.load((range(p, p + size)[rows] for p in starts), seed)
-        self.due = (position + size, size, seed)
+        self.due = (position + size, size, seed, rows)
         return next(self.ahead)
 
 def class_names(root):
@@ -975,7 +975,8 @@ def make_optimizer(kind, net, lr, betas=(0.9, 0.999)):
         optimizer = torch.optim.SGD(weights, rate, betas[0], **how)
     else:
         optimizer = torch.optim.RMSprop(weights, lr, alpha=betas[1], capturable=cuda)
-    optimizer.register_step_pre_hook(lambda *_: average_ranks_(p.grad for p in weights))
+    if ranks()[1] > 1:
+        optimizer.register_step_pre_hook(lambda *_: average_ranks_(p.grad for p in weights))
     optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are
     return optimizer
 
@@ -2440,8 +2441,7 @@ def derive(s, given):
     s.density_D = s.density_D or 1.0
     s.device = pick_device(s.device)
     s.out = s.out or f"runs/{s.method}-{s.model}-{Path(s.dataset).name}-{s.seed}"
-    roles, start, classifier = s.roles, s.rewind_step, "net" in s.roles
-    B, count = s.batch_size, ranks()[1]
+    B, roles, start, classifier = s.batch_size, s.roles, s.rewind_step, "net" in s.roles
     refusals = {
         "--table takes no other flags": "table" in given,
         f"ddst is for GANs; {s.model} has sdst": ddst and not gan,
@@ -2450,7 +2450,7 @@ def derive(s, given):
         "--grey reads folders only": s.grey and not image_folder(s.dataset),
         "pass --rounds or --density": given.keys() >= {"rounds", "density"},
         f"--rewind-step {start} is not before --steps": start >= s.steps,
-        f"--batch-size {B} cannot be shared by {count} processes": B % count or B < 2 * count,
+        f"--batch-size {B} is no multiple of {ranks()[1]} ranks": B % ranks()[1],
         f"--prune takes {roles}; got {s.prune}": not {*s.prune} <= {*roles},
         f"--density-D {s.density_D} is above its cap": s.density_D > s.max_density_D,
         f"--ratio-every is at most {most} with ddst": s.ratio_every > most,
@@ -2489,7 +2489,7 @@ def ticket_settings(given, method):
 def pick_device(name=None):
     """The device of that name, or the best there is, as text. ValueError when unavailable."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda":  # torchrun: one a process
+    if name == "cuda":  # one a process
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.zeros(1, device=name).device  # cpu:0 is cpu
