@@ -54,7 +54,7 @@ def import_torchvision():
     build for CUDA fails on two operators that nobody here calls; declaring them is enough."""
     try:
         import torchvision
-    except RuntimeError:  # no operator torchvision::nms
+    except RuntimeError:  # no torchvision::nms
         schema = "(Tensor boxes, Tensor scores, float iou) -> Tensor"
         torch.library.define("torchvision::nms", schema)
         torch.library.define("torchvision::qnms", schema)
@@ -1042,7 +1042,8 @@ def check_finite(tensors, step, what=""):
     """FloatingPointError when one of the (name, tensor) pairs is not finite."""
     for name, tensor in tensors:
         if not torch.isfinite(tensor).all():
-            raise FloatingPointError(f"{what}{name} is not finite at step {step}")
+            said = f"{what}{name} is not finite at step {step}"
+            raise FloatingPointError(f"{said}; try a smaller lr or another seed")
 
 def progress_line(step, steps, log, step_s):
     """step 1,200/50,000  D 1.310  G 0.940  balance_ratio 0.420  0.071 s a step, 58 min left"""
@@ -2620,6 +2621,9 @@ class Run:
         """One named training; returns Trained, at once when it is done already. A method is a
         sequence of such calls. average: G's at the start (None: G itself); see self.ema."""
         s, state, optimizers = self.s, {} if state is None else state, {}
+        if ranks()[1] > 1:  # rank 0 decides
+            for tensor in (*nets.state_dict().values(), *masks.values()):
+                dist.broadcast(tensor, 0)
         for role, net in nets.items():
             optimizers[role] = make_optimizer(s.optimizer, net, s.lr, s.betas)
         ema = self.ema = nn.ModuleDict()
@@ -2636,9 +2640,6 @@ class Run:
             torch.cuda.set_device(s.device)
             torch.backends.cudnn.benchmark = True
             update = graphed(update) if s.graph else update
-        if ranks()[1] > 1:  # rank 0 decides
-            for tensor in (*nets.state_dict().values(), *masks.values()):
-                dist.broadcast(tensor, 0)
 
         def evaluate(step):
             tensors = {f"mask of {n}": m for n, m in masks.items()}
@@ -2648,13 +2649,12 @@ class Run:
         checkpoint = Checkpoint(self.folder, name, s.checkpoint_s)
         how = dict(optimizers=optimizers, start=start, masks=masks, state=state)
         how |= dict(after_step=both, ema=ema, ema_longest=s.ema)
-        how |= dict(evaluate=evaluate, checkpoint=checkpoint)
-        how["eval_every"] = s.eval_every
+        how |= dict(evaluate=evaluate, checkpoint=checkpoint, eval_every=s.eval_every)
         try:
             done = train(nets, draw, update, s.steps, **how)
         except FloatingPointError as error:
-            hint = f"last good checkpoint: {checkpoint.good}. Try a smaller --lr or another --seed"
-            raise FloatingPointError(f"{name}: {error}; {hint}") from None
+            last = f"last good checkpoint: {checkpoint.good}"
+            raise FloatingPointError(f"{name}: {error}; {last}") from None
         self.seconds[name] = done.seconds
         if not name.endswith(("-random", "-shuffled")):
             self.spent[name] = self.training_macs(nets, state["history"], done.step)
