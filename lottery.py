@@ -929,11 +929,11 @@ def untouched(*models):
 Trained = collections.namedtuple("Trained", "step rows metric seconds")
 
 def ranks():
-    """(rank, number of processes) under torchrun; (0, 1) alone. Every rank trains on its rows of
-    the same batch, by the mean gradient, so that all have the same weights; rank 0 measures."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's mark
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    """(rank, number of processes) in a process group, see `main`; alone (0, 1). Every rank trains on
+    its rows of a batch, by the mean gradient, so all have the same weights; rank 0 measures."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 def average_ranks_(tensors):
     """Set each of a list of tensors (or None) to its mean over all ranks, by one all_reduce."""
@@ -953,13 +953,12 @@ def on_rank_0(function):
     return box[0]
 
 def check_ranks(tensors, step):
-    """FloatingPointError on a rank where one of {name: tensor} is not rank 0's: a checksum, of its
-    bits as whole numbers."""
+    """FloatingPointError where one of {name: tensor} is not rank 0's, by a checksum of its bits."""
     for name, t in tensors.items():
         own = t.detach().flatten().view(torch.int32).sum().item()
         if own != on_rank_0(lambda: own):
-            where = f"on rank {ranks()[0]} and on rank 0"
-            raise FloatingPointError(f"{name} differs {where} at step {step}")
+            said = f"rank {ranks()[0]}: {name} is not rank 0's at step {step}"
+            raise FloatingPointError(said)
 
 def make_optimizer(kind, net, lr, betas=(0.9, 0.999)):
     """Adam, RMSprop (betas[1]: smoothing) or SGD (betas[0]: momentum; weight decay 1e-4). On CUDA
@@ -2921,10 +2920,6 @@ def run_method(given):
         print(f"full width takes days on a CPU; try {small}", flush=True)
     run.nets = run.fresh()
     run.masks = start_masks(s, run.nets)
-    if ranks()[1] > 1:
-        backend = "cpu:gloo" + ",cuda:nccl" * torch.cuda.is_available()
-        day = datetime.timedelta(days=1)  # rank 0 may measure long
-        dist.init_process_group(backend, timeout=day)
     on_rank_0(run.load)  # it may fetch
     if ranks()[0]:
         run.load()
@@ -2966,6 +2961,10 @@ def catching_signals():
 
 def main(argv=None):
     """Returns the exit code: 0, 2 bad input, 1 a diverged training, 130 or 143 after a signal."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
+        backend = "cpu:gloo" + ",cuda:nccl" * torch.cuda.is_available()
+        day = datetime.timedelta(days=1)  # rank 0 may measure long
+        dist.init_process_group(backend, timeout=day)
     if ranks()[0]:
         sys.stdout = None
     if hasattr(sys.stdout, "reconfigure"):  # "?" for what it lacks

@@ -1661,7 +1661,7 @@ def test_one_of_two_processes_that_is_killed_or_stopped_ends_both_and_any_number
 def test_processes_that_differ_end_in_one_line_that_says_where(empty, what, name):
     codes, words = in_ranks(2, meddled, what, 3, f"{TINY} --steps 20 --eval-every 5 --out run")
     assert codes[1] == 1 and codes[0] not in (0, None), words
-    wanted = f"{name} differs on rank 1 and on rank 0 at step 5"
+    wanted = f"rank 1: {name} is not rank 0's at step 5"
     assert wanted in words[1] and words[1].count("\n") == 1, words
 
 
