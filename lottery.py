@@ -107,7 +107,7 @@ def decode_image(path, size, grey=False):
     """The centre square of a picture, uint8 (C, size, size), or None where it cannot be read."""
     try:
         image = read_image(path, grey)
-    except Exception as error:  # PIL has many kinds
+    except Exception as error:
         print(f"skipped {path}: {error}", file=sys.stderr)
         return None
     side = min(image.size)
@@ -143,7 +143,7 @@ def decode_folder(folder, size, grey=False):
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for k, image in enumerate(pool.map(decode, paths), 1):
             images += [] if image is None else [image]
-            if k % 5000 == 0:
+            if k % 1000 == 0:
                 print(f"decoded {k:,} of {len(paths):,} images", flush=True)
     if not images:
         raise ValueError(f"no readable image below {folder}: {IMAGE_ENDINGS}")
@@ -166,7 +166,7 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # the second is torch.save's
+    except (OSError, RuntimeError) as error:
         raise OSError(f"cannot write {path}: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)  # a full disk does not stay full
@@ -538,7 +538,7 @@ class BasicBlock(nn.Module):
     def forward(self, x):
         h = F.relu(self.bn1(self.conv1(x)))
         h = self.bn2(self.conv2(h))
-        if self.shortcut and x.is_cpu:  # else oneDNN's gradient crashes (AVX-512)
+        if self.shortcut and x.is_cpu:  # else its gradient crashes (AVX-512)
             x = x.contiguous()
         return F.relu(h + self.shortcut(x))
 
@@ -598,7 +598,7 @@ def build_pair(model, size, channels, width, z):
         decoder = ResDecoder(size, channels, width, z)
         encoder = ResEncoder(size, channels, width, out, batch_norm=model != "sngan")
     for net in (decoder, encoder) if model == "sngan" else ():
-        for _, layer in [*prunable_modules(net)]:
+        for _, layer in [*prunable_modules(net)]:  # it changes
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
@@ -634,8 +634,8 @@ def build(model, size=32, channels=3, width=1.0, z=None, seed=0, classes=10, dra
 
 def prunable_modules(model):
     """(name of the raw weight, module) of every weight of a convolution, Linear, attention or
-    recurrent layer of any model. Raw: spectral norm computes the other anew at the next forward, a
-    mask on it would be gone. Weights that are computed in other ways are refused."""
+    recurrent layer of any model. Raw: what spectral norm computes of it is new at every forward, a
+    mask on that would be gone. Weights that are computed in other ways are refused."""
     kinds = nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase
     names = r"weight|(in|[qkv])_proj_weight|weight_[ih]h(_l\d+(_reverse)?)?"
     for path, module in model.named_modules():
@@ -831,7 +831,7 @@ def gan_step(G, D, optimizers, real, z_D, z_G, objective="hinge", clip=0.0, mask
                 fake = G(z).to(x.dtype)
             if apart:
                 d_real, d_fake = D(x), D(fake)
-            else:  # one pass: half of the launches, one iteration of spectral norm
+            else:  # one pass, one iteration of spectral norm
                 d_real, d_fake = D(torch.cat([x, fake])).split(len(x))
         logits = d_real.to(x.dtype), d_fake.to(x.dtype)
         loss_D = discriminator_loss(objective, *logits)
@@ -929,14 +929,14 @@ def untouched(*models):
 Trained = collections.namedtuple("Trained", "step rows metric seconds")
 
 def ranks():
-    """(rank, number of processes) in a process group, see `main`; alone (0, 1). Every rank trains on
-    its rows of a batch, by the mean gradient, so all have the same weights; rank 0 measures."""
+    """(rank, number of processes) of the process group; alone (0, 1). Every rank trains on its rows
+    of a batch, by the mean gradient, so all have the same weights; rank 0 measures, writes."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 def average_ranks_(tensors):
-    """Set each of a list of tensors (or None) to its mean over all ranks, by one all_reduce."""
+    """Set tensors, dense in memory and alike on all ranks, or None, to their means over ranks."""
     count = ranks()[1]
     if count > 1:  # in the order of memory, which is faster
         rows = [t.as_strided([t.numel()], [1]) for t in tensors if t is not None]
@@ -953,12 +953,13 @@ def on_rank_0(function):
     return box[0]
 
 def check_ranks(tensors, step):
-    """FloatingPointError where one of {name: tensor} is not rank 0's, by a checksum of its bits."""
+    """ValueError on all ranks if one of {name: tensor} differs, by the sum of its bits."""
     for name, t in tensors.items():
         own = t.detach().flatten().view(torch.int32).sum().item()
-        if own != on_rank_0(lambda: own):
-            said = f"rank {ranks()[0]}: {name} is not rank 0's at step {step}"
-            raise FloatingPointError(said)
+        differs = torch.tensor([float(own != on_rank_0(lambda: own))])
+        average_ranks_([differs])  # so that all end
+        if differs:
+            raise ValueError(f"{name} differs between ranks at step {step}")
 
 def make_optimizer(kind, net, lr, betas=(0.9, 0.999)):
     """Adam, RMSprop (betas[1]: smoothing) or SGD (betas[0]: momentum; weight decay 1e-4). On CUDA
@@ -1149,7 +1150,7 @@ def locked(folder):
 class Checkpoint:
     """What a run folder keeps of the training `name`: last.pt while it runs, done-NAME.pt when it
     has ended, metrics-NAME.csv. `every_s`: seconds between checkpoints; it changes no weight."""
-    stop = None  # a signal that asks to end, or 0; None: no training runs
+    stop = None  # a signal to end, or 0; None: no training runs
 
     def __init__(self, folder, name, every_s=120.0):
         self.name, self.every_s = name, every_s
@@ -1160,9 +1161,9 @@ class Checkpoint:
     def restore_(self, nets, ema, masks, optimizers, state):
         """Copy the checkpoint into these; its (step, rows, recent, seconds, finished), or None."""
         self.parts = nets, ema, masks, optimizers, state
-        path = self.done if self.done.exists() else self.last
+        path = on_rank_0(lambda: self.done if self.done.exists() else self.last)
         Checkpoint.stop = None if path == self.done else 0
-        if not path.exists():
+        if not on_rank_0(path.exists):
             return None
         saved = load_torch(path, next(nets.parameters()).device)
         if saved.get("name") != self.name:  # last.pt of another training
@@ -1208,7 +1209,7 @@ class Checkpoint:
             Checkpoint.stop = None
             self.last.unlink(missing_ok=True)
 
-    def due(self):  # a signal does not wait
+    def due(self):  # a signal does not wait for every_s
         return self.agreed(time.perf_counter() - self.written >= self.every_s)
 
     def agreed(self, late=False):  # what one rank wants, all do
@@ -1267,7 +1268,7 @@ def score_snip(model, loss, batches=1):
 def score_grasp(model, loss, batches=1):
     """GraSP: w (H g), how much of the squared gradient norm |g|^2 goes with the weight; H is the
     Hessian of the loss. Wang, Zhang & Grosse 2020. Arguments see score_snip. First g, summed over
-    the batches; then per batch the derivative of stop(g) . g_batch: H_batch g (else 2 H_batch g).
+    the batches; then per batch the derivative of stop(g) . g_batch: H_batch g (no stop: 2 H g).
     Mind the sign: the paper scores S = -w (H g) and removes the LARGEST S. The other end, or an
     absolute value, prunes what carries the gradient. For a classifier the paper divides the logits
     by 200 inside the loss, in both passes: the ranking changes, also its signs."""
@@ -1356,7 +1357,7 @@ def iterative_magnitude_pruning(
     train_fn     (name, nets, masks, start, after_step, state) -> anything; trains `nets` in place
                  from step `start`, calls after_step(steps done, out), checkpoints `state` too
     densities    share kept after each round, falling, see round_densities
-    rewind_step  weights and buffers go back to it, data and rate go on from it, optimizers are new
+    rewind_step  of the dense training: weights, buffers, data, rate go back to it; new optimizers
     prune        the roles that are pruned (names up to the first dot); None: all"""
     nets, state = make_nets(0), {}
 
@@ -1417,8 +1418,8 @@ def verdict(dense, ticket, random=None, higher=False):
 
 def choose_round(verdicts):
     """Place of the sparsest winning round among verdicts, else matching one, else the last."""
-    ranks = [(word == "wins", word == "matches", k) for k, word in enumerate(verdicts)]
-    return max(ranks)[-1]
+    order = [(word == "wins", word == "matches", k) for k, word in enumerate(verdicts)]
+    return max(order)[-1]
 
 def save_ticket(path, theta, masks, settings, number, metrics):
     """A ticket file: the dense weights at the rewind step, the masks (bool), and their origin."""
@@ -1464,8 +1465,8 @@ def transfer_ticket(theta, masks, target, roles=None):
 #    what is left is smaller and faster on any hardware. You et al. 2020; generative models: [1].
 #    Try: len(channel_chains(build("dcgan", width=0.1))) -> 8
 
-# Channels that can be cut, by module names: `conv` makes, `norm` scales, `consumers` read them. In
-# between each goes its own way and 0 stays 0 (ReLU, pooling, flatten): a residual sum is in none.
+# Channels that can be cut, by module names: `conv` makes, `norm` scales, `consumers` read them; in
+# between each must go its own way, 0 must stay 0 (ReLU, pooling, flatten): no residual sum is in.
 Chain = collections.namedtuple("Chain", "conv norm consumers")
 
 def channel_chains(model):
@@ -1505,7 +1506,7 @@ def channel_masks(model, fraction, chains, scope="global"):
     return {conv: mask.bool() for conv, mask in masks.items()}
 
 def mask_distance(a, b):
-    """Share of channels in which two masks differ; at random 2 p (1 - p): little near p = 0, 1."""
+    """Share of channels in which two masks differ; random ones that keep a share p: 2 p (1 - p)."""
     differ = sum(int((a[conv] != b[conv]).sum()) for conv in a)
     return differ / sum(map(len, a.values()))
 
@@ -1666,7 +1667,7 @@ def drop_and_grow_(
 ):
     """Prune the `drop` smallest kept weights, then keep `grow` more, in one pool; in place.
     weights, masks, gradients   {name: tensor}; stored weights are masked, gradients are dense
-    how           "gradient": grow where it is largest (RigL); "random": by `generator` (SET)
+    how           "gradient": where |gradient| is largest (RigL); "random": by `generator` (SET)
     output_dim    {name: dimension of the output units}, 0 if not given (transposed: 1)
     New weights start at 0; what was just dropped may grow back, and keeps its value. The largest
     kept weight of an output row stays: spectral norm of an empty layer is 0/0. Gradients of exactly
@@ -1678,7 +1679,7 @@ def drop_and_grow_(
     magnitude, was = flat(weights).abs(), flat(masks) != 0
     dims, safe = output_dim or {}, {}
     for name, mask in masks.items():
-        safe[name] = row_largest(weights[name], mask, dims.get(name, 0))
+        safe[name] = row_largest(weights[name].data, mask, dims.get(name, 0))
     may_drop = was & ~flat(safe)
     short = max(0, drop - int(may_drop.sum()))
     drop, grow = drop - short, max(0, grow - short)  # an exchange keeps its count
@@ -1718,7 +1719,7 @@ def seed_optimizer_state_(optimizer, weights, grown, gradients):
         starts = dict(exp_avg=0.0, momentum_buffer=0.0)
         starts |= dict(exp_avg_sq=square, square_avg=square)
         for key, value in optimizer.state.get(weights[name], {}).items():
-            if key in starts:
+            if key in starts and value is not None:
                 value.copy_(torch.where(new, starts[key], value))
 
 def update_masks_(nets, role, optimizer, masks, drop, grow, how, generator):
@@ -1763,9 +1764,9 @@ def smoothed_ratio(window):
 
 @torch.no_grad()
 def measure_balance(G, D, real, z, fake, amp=False):
-    """(gain, gap, spread) of the iteration just done, floats: how far the step of G moved its
-    images up in D's eyes, how far real ones are ahead, and the logits' standard deviation.
-    real, z, fake  of gan_step. Batch norm takes the statistics of the batch, as in training (with
+    """(gain, gap, spread) of the iteration just done, floats, means over ranks (all have to call):
+    how far the step of G moved its images up in D's eyes, how far real ones are ahead, the logits'
+    standard deviation. real, z, fake of gan_step. Batch norm takes the batch's statistics (with
     running ones a gain would be an artefact); spectral norm rests: D is the same in all looks."""
     with untouched(G, D):
         G.train()
@@ -1807,7 +1808,7 @@ def gan_schedule(steps, update_every=None, strict=False):
     """Steps between updates of G's mask, between decisions on D, the window of the ratio, the first
     step at which D may change, steps between ratios. The paper's 500, 1,000 (strict: 2,000), 1,000,
     1,000, 10 of 100,000, scaled with the run. At least 20: new weights need time to grow past what
-    would drop them. A decision rests on 20 ratios, or on one a step: by 4, one in seven went wrong.
+    would drop them. A decision rests on 20 ratios or more, or on one a step: by 4, 1 in 7 erred.
     In runs under 20,000 steps D stays for 5 %: at first it is far ahead and would be cut."""
     every = update_every or max(20, steps // 200)
     every_D, window = (4 if strict else 2) * every, 2 * every
@@ -2133,10 +2134,10 @@ def accuracy(net, images, labels, size=500):
     return right / len(images)
 
 def distance_reference(images, held_out, network, features, count, part="held-out"):
-    """What `count` images are compared with; None below 640 real ones, 10 x 64 features: mere bias.
+    """What `count` images are compared with; None below 640 real ones: mostly bias (64 features).
     images, held_out  uint8 (N, c, S, S); features: the name of `network`
     part              "train", as FIDs are published; "held-out": `count` of those, stricter
-    columns           its name ("FD-random-2k", "FID-50k"), reference, floor: that of real images"""
+    columns           name ("FD-random-2k", "FID-50k"), reference, floor: of real images instead"""
     real, other = held_out[:count], images[:count]
     if part == "train":
         real, other = images, held_out[:count]
@@ -2260,7 +2261,7 @@ def draw_curve(path, rows, title):
         return
     figure = matplotlib.figure.Figure((6, 4), 120, layout="tight")
     axes = figure.add_subplot(xlabel="weights kept, %", ylabel=title)
-    shares = [f"{100 * row['density']:.3g}" for row in rows]  # words
+    shares = [f"{100 * row['density']:.3g}" for row in rows]
     for name in ("dense", "ticket", "random", "shuffled"):
         values = [row.get(name) for row in rows]
         if None not in values:
@@ -2377,7 +2378,7 @@ def check(given, method=None, model=None):
             if fits and isinstance(row.takes, str):
                 low, high = map(float, row.takes[1:-1].split(","))
                 ends = {low: row.takes[0] == "[", high: row.takes[-1] == "]"}
-                fits = low < item < high or ends.get(item, False)  # nan is neither
+                fits = low < item < high or ends.get(item, False)
             elif fits and row.takes:
                 fits = item in row.takes
             if not fits:
@@ -2489,8 +2490,8 @@ def ticket_settings(given, method):
 def pick_device(name=None):
     """The device of that name, or the best there is, as text. ValueError when unavailable."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda":  # one a process
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if name == "cuda" and ranks()[1] > 1:  # one a process
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.zeros(1, device=name).device  # cpu:0 is cpu
         if device.type not in ("cpu", "cuda"):
@@ -2542,7 +2543,7 @@ class Run:
         s.data_images, held_out = len(self.images), len(self.held_out)
         if s.data_images < s.batch_size or not held_out:
             have = f"{s.data_images} images to train on and {held_out} held out"
-            raise ValueError(f"{s.dataset} has {have}; a batch needs {s.batch_size}")
+            raise ValueError(f"{s.dataset} has {have}; needed: {s.batch_size} and 1")
         if s.device != "cpu" and not root:
             free, _ = torch.cuda.mem_get_info(s.device)
             if self.images.numel() < free / 2:
@@ -2719,7 +2720,7 @@ def run_imp(run):
         print(f"no further round: {error}", flush=True)
     k = 1 + choose_round([row["verdict"] for row in rows])
     ticket, nets = f"ticket-{k:02}.pt", run.fresh()
-    done = run.fit(f"round-{k:02}", nets, masks, s.rewind_step)  # loads both
+    done = run.fit(f"round-{k:02}", nets, masks, s.rewind_step)  # done: all of k
     draw_curve(run.folder / "curve.png", rows, done.rows[-1].get("metric_name"))
     finish(run, nets, masks, done, ticket=ticket, rounds=rows)
 
@@ -2871,7 +2872,7 @@ def table(groups):
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
 
 def run_table(folders):
-    """--table DIR...: runs, then rounds; those that differ in seed or ticket only as means."""
+    """--table DIR...: runs, then rounds; means over runs that differ in seed and ticket only."""
     groups = collections.defaultdict(list)
     skip = {*NOT_IDENTITY, *"seed environment ticket ticket_file ticket_sha256".split()}
     for folder in map(Path, folders):
@@ -2925,7 +2926,7 @@ def run_method(given):
         run.load()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        check_folder(folder, s)  # again, with the data's listing
+        on_rank_0(lambda: check_folder(folder, s))  # again, with the data's listing
         config = folder / "config.json"
         here = dict(threads=torch.get_num_threads(), torch=torch.__version__, ranks=ranks()[1])
         if not config.exists():
@@ -2983,7 +2984,7 @@ def main(argv=None):
     except (ValueError, OSError, FloatingPointError) as error:
         last = str(error).strip().splitlines()[-1]  # of a decoder: its own error
         if ranks()[0]:
-            time.sleep(10)  # if rank 0 says it, torchrun ends the others
+            time.sleep(10)  # rank 0 says it, torchrun ends the rest
         print(f"lottery.py: {last}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt as error:
