@@ -609,8 +609,7 @@ def build_pair(model, size, channels, width, z):
 def build(model, size=32, channels=3, width=1.0, z=None, seed=0, classes=10, draw=0):
     """nn.ModuleDict of fresh networks. G, decoder: latents (B, z) -> images; D: images -> (B, 1)
     logits; encoder: images -> (B, z), a VAE's (B, 2z), mean and log-variance; net: images -> logits
-    (B, classes). draw 1, 2, ...: other weights. The caller's random state stays. Channels last: a
-    quarter less CPU time."""
+    (B, classes). draw 1, 2, ...: other weights. The caller's random state stays. Channels last."""
     if model not in (*CLASSIFIERS, "linear_ae") and size not in (32, 48, 64):
         raise ValueError(f"{model} is built for 32, 48 or 64 pixels; got {size}")
     if model in STAGES and width != 1:
@@ -953,9 +952,9 @@ def on_rank_0(function):
     return box[0]
 
 def check_ranks(tensors, step):
-    """ValueError on all ranks if one of {name: tensor} differs, by the sum of its bits."""
+    """ValueError on all ranks if one of {name: tensor} differs between them, by a digest."""
     for name, t in tensors.items():
-        own = t.detach().flatten().view(torch.int32).sum().item()
+        own = hashlib.sha256(t.detach().cpu().numpy().tobytes()).hexdigest()
         differs = torch.tensor([float(own != on_rank_0(lambda: own))])
         average_ranks_([differs])  # so that all end
         if differs:
@@ -988,11 +987,10 @@ def set_rate(optimizer, lr):
 
 def graphed(update, warmup=3):
     """`update` as a CUDA graph: one launch a step, not thousands, which a GPU would wait for.
-    The first calls run as they are, on a side stream: libraries choose their kernels there. Then a
-    call is recorded, and replayed from there on, on inputs that are copied into its own. So
-    update(draws) may read nothing but its tensors (masks, weights, states change in place), draw no
-    random number and wait for no value. What it returns is overwritten by the next call, but for
-    the losses. Where recording fails, it says so and goes on without."""
+    The first calls run as they are, on a side stream: libraries choose kernels there. Then a call
+    is recorded, and replayed on inputs that are copied into its own. So update(draws) may read only
+    its tensors (masks, weights, states change in place), draw no random number, wait for no value.
+    The next call overwrites what it returns, but losses. It says so where recording fails."""
     stream, graph, calls = torch.cuda.Stream(), torch.cuda.CUDAGraph(), itertools.count(1)
     inputs, out = [], None
 
@@ -1056,8 +1054,7 @@ def train(
     ema=None, ema_longest=0.999, evaluate=None, eval_every=0, checkpoint=None
 ):
     """Train `nets` in place from step `start` to step `steps`; returns Trained.
-    nets        nn.ModuleDict of roles; optimizers {role: optimizer}
-    masks       {parameter name: mask}, changed in place by after_step only
+    nets        nn.ModuleDict; optimizers alike; masks by name, in place, changed by after_step only
     ema         nn.ModuleDict of copies of the roles that are averaged; ema_longest: longest decay
     eval_every  steps between evaluations; one is at the end and, if it is below `steps`, at `start`
     checkpoint  a Checkpoint: a finished training returns at once, one that was cut off goes on
@@ -1162,7 +1159,7 @@ class Checkpoint:
         """Copy the checkpoint into these; its (step, rows, recent, seconds, finished), or None."""
         self.parts = nets, ema, masks, optimizers, state
         path = on_rank_0(lambda: self.done if self.done.exists() else self.last)
-        Checkpoint.stop = None if path == self.done else 0
+        Checkpoint.stop = self.stop or (None if path == self.done else 0)
         if not on_rank_0(path.exists):
             return None
         saved = load_torch(path, next(nets.parameters()).device)
@@ -1206,7 +1203,7 @@ class Checkpoint:
             said = f"stopped; the same command goes on from {self.good}"
             raise KeyboardInterrupt(self.stop or signal.SIGTERM, said)
         if finished:
-            Checkpoint.stop = None
+            Checkpoint.stop = self.stop or None  # one just came
             self.last.unlink(missing_ok=True)
 
     def due(self):  # a signal does not wait for every_s
@@ -2984,9 +2981,12 @@ def main(argv=None):
     except (ValueError, OSError, FloatingPointError) as error:
         last = str(error).strip().splitlines()[-1]  # of a decoder: its own error
         if ranks()[0]:
-            time.sleep(10)  # rank 0 says it, torchrun ends the rest
+            time.sleep(10)  # rank 0 says it, and ends all
         print(f"lottery.py: {last}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
+    except RuntimeError:  # it lost another rank
+        time.sleep(10 * (ranks()[1] > 1))
+        raise
     except KeyboardInterrupt as error:
         number, text = error.args
         if ranks()[0] == 0:
