@@ -777,6 +777,7 @@ def counts_of(masks):
     return {name: int(m.count_nonzero()) for name, m in masks.items()}
 
 def kept(masks):
+    """Number of weights kept over all masks, an int."""
     return sum(counts_of(masks).values())
 
 def density(masks):
@@ -937,12 +938,11 @@ def ranks():
 def average_ranks_(tensors):
     """Set tensors, dense in memory and alike on all ranks, or None, to their means over ranks."""
     count = ranks()[1]
-    if count > 1:  # in the order of memory, which is faster
+    if count > 1:  # as they lie in memory: faster
         rows = [t.as_strided([t.numel()], [1]) for t in tensors if t is not None]
         flat = torch.cat(rows)
         dist.all_reduce(flat)
-        means = flat.div_(count).split([*map(len, rows)])
-        torch._foreach_copy_(rows, means)
+        torch._foreach_copy_(rows, flat.div_(count).split([*map(len, rows)]))
 
 def on_rank_0(function):
     """What function() returns on rank 0, on all ranks; the others wait."""
@@ -2209,7 +2209,7 @@ def training_macs(
     A backward costs two forwards, or one for the input alone. paper: Wang et al.'s code leaves out
     D's fake half and input gradient, ratios, dense gradients, and has n_critic twice for D."""
     B, B_G, total = batch_size, g_batch, 0
-    B_D, paper = n_critic * B, paper and n_critic  # theirs is for GANs
+    B_D, paper = n_critic * B, paper and n_critic  # of GANs
 
     def forward(counts, role):
         names = [n for n in positions if n.startswith(role)]
@@ -2745,7 +2745,7 @@ def open_ticket(s, nets):
     print(f"  fresh and dense: {', '.join(fresh) or 'none'}")
     with reading(f"--ticket {s.ticket_file} into {s.model}"):
         nets.load_state_dict(theta)
-        apply_masks_(copy.deepcopy(nets), masks)  # fits; theta stays dense
+        apply_masks_(copy.deepcopy(nets), masks)  # theta stays dense
     return masks
 
 def run_masked(run):
