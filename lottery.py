@@ -284,6 +284,7 @@ def class_names(root):
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(count, epoch, seed):
+    """The seeded permutation of 0..count-1 that epoch number `epoch` goes through."""
     return torch.randperm(count, generator=rng(seed, epoch, "order"))
 
 def batch_index(count, position, size, seed):
@@ -313,9 +314,8 @@ def to_device(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 def batch(images, position, size, seed, flip=False, device=None, crop=0, rows=slice(None)):
-    """The images at batch_index, (size, C, H, W) in [-1, 1], mirrored at random, shifted by up to
-    `crop` pixels, black coming in (He et al. 2016). An ImageStream mirrors and cuts by itself.
-    rows: a slice, which of the `size` images are returned, as they are in the whole batch"""
+    """The images at batch_index, or the slice `rows` of them, (size, C, H, W) in [-1, 1], mirrored
+    at random, shifted by `crop` pixels, black coming in (He et al. 2016). ImageStreams do it all."""
     if isinstance(images, ImageStream):
         flip, crop = False, 0
         chosen = images.batch(position, size, seed, rows)
@@ -581,6 +581,7 @@ def build_classifier(model, width, channels, classes):
     return {"net": net}
 
 def build_pair(model, size, channels, width, z):
+    """{"G", "D"} of a GAN or {"encoder", "decoder"} of an autoencoder."""
     gan = model in GANS
     out = 2 * z if model in VAES else z
     if gan:
@@ -961,9 +962,8 @@ def check_ranks(tensors, step):
             raise ValueError(f"{name} differs between ranks at step {step}")
 
 def make_optimizer(kind, net, lr, betas=(0.9, 0.999)):
-    """Adam, RMSprop (betas[1]: smoothing) or SGD (betas[0]: momentum; weight decay 1e-4). On CUDA
-    such that a graph can hold its step: SGD's learning rate, which changes, is a tensor. Under
-    torchrun a step begins with the mean of the gradients of all ranks."""
+    """Adam, RMSprop (betas[1]: smoothing) or SGD (betas[0]: momentum; weight decay 1e-4), by the
+    mean gradient of all ranks. On CUDA a graph can hold its step: SGD's rate is a tensor there."""
     weights = list(net.parameters())
     cuda, device = weights[0].is_cuda, weights[0].device
     if kind == "adam":
