@@ -315,7 +315,7 @@ def to_device(tensor, device):
 
 def batch(images, position, size, seed, flip=False, device=None, crop=0, rows=slice(None)):
     """The images at batch_index, or the slice `rows` of them, (size, C, H, W) in [-1, 1], mirrored
-    at random, shifted by `crop` pixels, black coming in (He et al. 2016). ImageStreams do it all."""
+    at random, shifted by up to `crop` pixels, black coming in (He et al.); a stream by itself."""
     if isinstance(images, ImageStream):
         flip, crop = False, 0
         chosen = images.batch(position, size, seed, rows)
