@@ -538,7 +538,7 @@ class BasicBlock(nn.Module):
     def forward(self, x):
         h = F.relu(self.bn1(self.conv1(x)))
         h = self.bn2(self.conv2(h))
-        if self.shortcut and x.is_cpu:  # else its gradient crashes (AVX-512)
+        if self.shortcut and x.is_cpu:  # else oneDNN crashes (AVX-512)
             x = x.contiguous()
         return F.relu(h + self.shortcut(x))
 
@@ -954,7 +954,7 @@ def on_rank_0(function):
 
 def check_ranks(tensors, step):
     """ValueError on all ranks if one of {name: tensor} differs between them, by a digest."""
-    for name, t in tensors.items():
+    for name, t in tensors.items() if ranks()[1] > 1 else ():
         own = hashlib.sha256(t.detach().cpu().numpy().tobytes()).hexdigest()
         differs = torch.tensor([float(own != on_rank_0(lambda: own))])
         average_ranks_([differs])  # so that all end
@@ -990,7 +990,7 @@ def graphed(update, warmup=3):
     The first calls run as they are, on a side stream: libraries choose kernels there. Then a call
     is recorded, and replayed on inputs that are copied into its own. So update(draws) may read only
     its tensors (masks, weights, states change in place), draw no random number, wait for no value.
-    The next call overwrites what it returns, but losses. It says so where recording fails."""
+    The next call overwrites what it returns, but losses. Where recording fails: plain steps."""
     stream, graph, calls = torch.cuda.Stream(), torch.cuda.CUDAGraph(), itertools.count(1)
     inputs, out = [], None
 
@@ -1206,7 +1206,7 @@ class Checkpoint:
             Checkpoint.stop = self.stop or None  # one just came
             self.last.unlink(missing_ok=True)
 
-    def due(self):  # a signal does not wait for every_s
+    def due(self):  # a signal need not wait
         return self.agreed(time.perf_counter() - self.written >= self.every_s)
 
     def agreed(self, late=False):  # what one rank wants, all do
@@ -2353,7 +2353,7 @@ def parse(argv):
         words = row.help, takes, f"(default {row.default})", *row.read_by
         parser.add_argument(flag(name), dest=name, help=" ".join(words), **how)
 
-    def error(message):  # argparse would add its usage
+    def error(message):  # without its usage
         raise ValueError(message)
 
     parser.error = error
@@ -2717,7 +2717,7 @@ def run_imp(run):
         print(f"no further round: {error}", flush=True)
     k = 1 + choose_round([row["verdict"] for row in rows])
     ticket, nets = f"ticket-{k:02}.pt", run.fresh()
-    done = run.fit(f"round-{k:02}", nets, masks, s.rewind_step)  # done: all of k
+    done = run.fit(f"round-{k:02}", nets, masks, s.rewind_step)  # from its file
     draw_curve(run.folder / "curve.png", rows, done.rows[-1].get("metric_name"))
     finish(run, nets, masks, done, ticket=ticket, rounds=rows)
 

@@ -1614,11 +1614,11 @@ def test_two_processes_decide_on_the_masks_of_one_and_reach_its_weights_in_float
 
     masks = decided(1)[0]
     assert masks and decided(2) == [masks, masks]
-    assert '"density_D": 0.5,' not in Path("2/summary.json").read_text()  # ddst's moved
     for path in Path("1").glob("done-*.pt"):
         one, two = read(path), read(Path("2", path.name))
         ratios = [run["state"]["log"].get("balance_ratio", 0) for run in (one, two)]
         assert ratios[0] == pytest.approx(ratios[1])
+        assert method != "ddst" or len({row["density_D"] for row in two["rows"]}) > 1  # it moved
         for name, weight in one["weights"].items():
             if not re.search("running|tracked", name):  # statistics are of rank 0's rows
                 assert (weight - two["weights"][name]).abs().max() < 1e-8, (path, name)
