@@ -1556,6 +1556,7 @@ def in_ranks(ranks, work, *args):
     processes = [context.Process(target=as_rank, args=(rank, *given)) for rank in range(ranks)]
     [process.start() for process in processes], [process.join(90) for process in processes]
     said = [Path(f"said{rank}").read_text() for rank in range(ranks)]
+    [os.remove(f"said{rank}") for rank in range(ranks)]
     return [process.exitcode for process in processes], said
 
 
@@ -1666,8 +1667,7 @@ def test_processes_that_differ_end_in_one_line_that_says_where(empty, what, name
 
 
 def test_rows_of_a_batch_are_those_of_the_whole_one(tmp_path, monkeypatch):
-    images, labels = L.shapes(50)
-    given = images, 40, 12, 3, True, None, 4
+    given = L.shapes(50)[0], 40, 12, 3, True, None, 4
     assert torch.equal(L.batch(*given, slice(1, None, 3)), L.batch(*given)[1::3])
     stream = L.ImageStream(imagenet_like(tmp_path / "pets") / "train", 16)
     for at in (8, 16, 24):
